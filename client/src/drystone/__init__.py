@@ -1,0 +1,1 @@
+"""Drystone's client: SDK and command line for block-attention serving."""

@@ -1,0 +1,1 @@
+"""Stubs of drystone.internal.v1."""
