@@ -1,0 +1,1 @@
+"""Decode worker: holds block KV, runs question blocks, generates."""

@@ -1,0 +1,1 @@
+"""Prefill worker: encodes blocks once, keeps them, ships them."""

@@ -1,0 +1,1 @@
+"""What gateway and workers share: layout and keys, the engine's model side, RPC plumbing, settings, errors."""

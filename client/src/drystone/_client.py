@@ -1,0 +1,173 @@
+"""The synchronous client. Its twin is _async_client.py; what they share is in _base.py."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+import grpc
+
+from drystone import _replies as replies
+from drystone._base import BaseClient, Progress
+from drystone._config import DEFAULT_ADDRESS, Timeouts
+from drystone._events import Completed, Event
+from drystone.v1 import generation_pb2, generation_pb2_grpc, operations_pb2, operations_pb2_grpc
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self, Unpack
+
+    from drystone._prompts import GenerateOptions
+    from drystone._results import Answer, ModelInfo, ProcessStatus
+
+_Request = TypeVar("_Request")
+_Reply = TypeVar("_Reply")
+
+
+class Client(BaseClient):
+    """A client of one gateway. It may be shared between threads; close it, or use it in `with`.
+
+    Args:
+        address: Gateway's host:port.
+        timeouts: How long to wait. None takes the defaults of `Timeouts`.
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeouts: Timeouts | None = None) -> None:
+        super().__init__(address, timeouts=timeouts)
+        self._channel = grpc.insecure_channel(self.address, options=self._channel_options())
+        self._generation = generation_pb2_grpc.GenerationStub(self._channel)
+        self._operations = operations_pb2_grpc.OperationsStub(self._channel)
+
+    def generate(self, question: str | None = None, **options: Unpack[GenerateOptions]) -> Answer:
+        """Answers one prompt and returns when the answer is complete.
+
+        Args:
+            question: Question over `documents`; or give `blocks` or `messages` instead.
+            **options: See `GenerateOptions`.
+
+        Raises:
+            DrystoneError: As its subclasses say.
+        """
+        with self.stream(question, **options) as stream:
+            return stream.read()
+
+    def stream(self, question: str | None = None, **options: Unpack[GenerateOptions]) -> Stream:
+        """Answers one prompt event by event. Leaving the stream cancels the call.
+
+        Args:
+            question: Question over `documents`; or give `blocks` or `messages` instead.
+            **options: See `GenerateOptions`.
+
+        Raises:
+            DrystoneError: Here when the request cannot be sent, while iterating when it fails.
+        """
+        request, timeout = self._generate_request(question, options)
+        return Stream(self._generation.Generate(request, timeout=timeout), Progress(self.address, request.request_id))
+
+    def model(self, name: str = "") -> ModelInfo:
+        """What a model is and what it takes. An empty name means the gateway's only model."""
+        return replies.model_info(
+            self._call(self._generation.GetModel, generation_pb2.GetModelRequest(model=name)),
+        )
+
+    def status(self) -> tuple[ProcessStatus, ...]:
+        """State of the gateway and of every worker that it knows, the gateway first."""
+        return replies.processes(self._call(self._operations.GetStatus, operations_pb2.GetStatusRequest()))
+
+    def close(self) -> None:
+        """Closes the connection and cancels every call on it."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        """The client itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes."""
+        self.close()
+
+    def _call(self, method: grpc.UnaryUnaryMultiCallable[_Request, _Reply], request: _Request) -> _Reply:
+        try:
+            return method(request, timeout=self.timeouts.control)
+        except grpc.RpcError as error:
+            raise self._error(error) from error
+
+
+class Stream(Iterator[Event]):
+    """An answer on its way: an iterator of events that cancels its call when it is left.
+
+    The call is owned by this object: it ends with the last event, with `close`, or with the object's life.
+    """
+
+    def __init__(self, call: grpc._CallIterator[generation_pb2.GenerateResponse], progress: Progress) -> None:
+        self._call = call
+        self._progress = progress
+        self._closed = False
+
+    @property
+    def request_id(self) -> str:
+        """The request's name: the caller's, and the server's once the first event has come."""
+        return self._progress.request_id
+
+    def __next__(self) -> Event:
+        """The next event.
+
+        Raises:
+            DrystoneError: When the call failed.
+        """
+        while not self._closed:
+            try:
+                response = next(self._call)
+            except StopIteration:
+                break
+            except grpc.RpcError as error:
+                if self._closed:
+                    break
+                self._closed = True
+                raise self._progress.error(error) from error
+            event = self._progress.take(response)
+            if isinstance(event, Completed):
+                self._finish()
+            if event is not None:
+                return event
+        self._closed = True
+        raise StopIteration
+
+    def read(self) -> Answer:
+        """Reads what is left and returns the whole answer.
+
+        Raises:
+            DrystoneError: When the call failed or ended too early.
+        """
+        for _ in self:
+            pass
+        return self._progress.answer()
+
+    def close(self) -> None:
+        """Cancels the call unless it has ended. May be called from any thread, and repeatedly."""
+        if not self._closed:
+            self._closed = True
+            self._call.cancel()
+
+    def __enter__(self) -> Self:
+        """The stream itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes."""
+        self.close()
+
+    def __del__(self) -> None:
+        """Closes, for loops that were left by `break`."""
+        self.close()
+
+    def _finish(self) -> None:
+        """Takes the call's end, so that it counts as done and not as cancelled. Nothing can change the answer now."""
+        self._closed = True
+        with contextlib.suppress(grpc.RpcError, StopIteration):
+            next(self._call)

@@ -1,0 +1,5 @@
+"""`python -m drystone.cli` is the `drystone` command."""
+
+from drystone.cli import main
+
+main()

@@ -1,0 +1,94 @@
+"""`drystone serve`: a gateway with its workers on this machine."""
+
+import signal
+from enum import StrEnum
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from drystone.cli.console import ExitCode, fail, require_server_packages, say
+from drystone.local.options import ServeOptions
+from drystone.local.supervisor import StopRequested, Supervisor, SupervisorError
+
+
+class Dtype(StrEnum):
+    """Types of the served weights and KV."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class LogLevel(StrEnum):
+    """Least level that is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def serve(
+    *,
+    model: Annotated[
+        str, typer.Option(help="Local folder, GGUF file, hub id, or 'default' (SmolLM2-135M-Instruct).")
+    ] = "default",
+    dtype: Annotated[Dtype, typer.Option(help="Type of weights and KV.")] = Dtype.AUTO,
+    prefill: Annotated[int, typer.Option(min=0, help="Prefill workers.")] = 1,
+    decode: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 1,
+    host: Annotated[str, typer.Option(help="Address that the gateway serves on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Its port; 0 takes a free one.")] = 7700,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="torch threads of each worker. Default: an even share of the cores.")
+    ] = None,
+    log_level: Annotated[LogLevel, typer.Option(help="Least level that is logged.")] = LogLevel.INFO,
+    json_logs: Annotated[bool, typer.Option("--json-logs", help="Log JSON, one object a line.")] = False,
+) -> None:
+    """Runs a gateway with its workers on this machine until Ctrl-C.
+
+    One line on stdout, beginning with "ready:", says when requests are taken; logs go to stderr. A second
+    Ctrl-C kills at once. If a process dies, all are stopped.
+
+    \b
+    Examples:
+      drystone serve
+      drystone serve --model ./Llama-3.2-1B-block-FT --dtype bfloat16 --prefill 2
+
+    \b
+    Exit codes: 0 stopped on request, 1 a process failed, 2 wrong usage, 3 server packages not installed.
+    """  # noqa: D301 - \b keeps the lines of an example apart
+    require_server_packages()
+    options = ServeOptions(
+        model=model,
+        dtype=dtype,
+        prefill=prefill,
+        decode=decode,
+        host=host,
+        port=port,
+        threads=threads,
+        log_level=log_level,
+        json_logs=json_logs,
+    )
+    try:
+        _run(Supervisor(options, report=say))
+    except SupervisorError as error:
+        fail(str(error), ExitCode.FAILED)
+
+
+def _run(supervisor: Supervisor) -> None:
+    # Before there are children Ctrl-C may end the command as it is; from here on it only asks.
+    supervisor.prepare()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        supervisor.request_stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    try:
+        with supervisor:
+            print(f"ready: http2 gRPC gateway at {supervisor.address} ({supervisor.description})", flush=True)
+            supervisor.wait()
+    except StopRequested:
+        say("stopped before it was ready")

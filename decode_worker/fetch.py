@@ -1,0 +1,109 @@
+"""Fetches: blocks on their way into reserved extents. A fetch belongs to the pool and has waiters.
+
+The first waiter drives: its gateway was told to have the block shipped. When the driver cancels,
+dies or is too slow, the next waiter's gateway gets the reservation anew with a higher epoch; chunks
+that name an older epoch, or another life of this worker, are refused and never touch the extent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from decode_worker.arena import Arena, Extent
+from shared.internal.v1.common_pb2 import Reservation, WorkerIdentity
+from shared.internal.v1.transfer_pb2 import RefusalReason
+
+if TYPE_CHECKING:
+    from decode_worker.request import Request
+
+
+@dataclass(slots=True, eq=False)
+class Fetch:
+    """One block on its way. `waiters[0]` drives.
+
+    Attributes:
+        birth_id: Birth offered in this epoch; empty before the offer.
+        taken: Chunks verified in this epoch.
+        encoding: True while the engine thread writes the extent; it is not freed until that ends.
+    """
+
+    key: bytes
+    token_ids: Sequence[int]
+    extent: Extent
+    reservation_id: int
+    store: bool
+    epoch: int = 1
+    waiters: list[Request] = field(default_factory=list)
+    birth_id: bytes = b""
+    taken: set[int] = field(default_factory=set)
+    received_bytes: int = 0
+    encoding: bool = False
+    reserved_at: float = field(default_factory=time.monotonic)
+    driven_at: float = field(default_factory=time.monotonic)
+
+    def restart(self) -> None:
+        """Begins a new epoch: nothing that was taken before counts."""
+        self.epoch += 1
+        self.birth_id = b""
+        self.taken.clear()
+        self.received_bytes = 0
+        self.driven_at = time.monotonic()
+
+
+class FetchTable:
+    """Every open fetch, by key and by reservation; owns their extents until commit or drop."""
+
+    def __init__(self, arena: Arena, identity: WorkerIdentity) -> None:
+        self._arena = arena
+        self.identity = identity
+        self._by_key: dict[bytes, Fetch] = {}
+        self._by_id: dict[int, Fetch] = {}
+        self._next_id = 1
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def get(self, key: bytes) -> Fetch | None:
+        """The open fetch of a key."""
+        return self._by_key.get(key)
+
+    def all(self) -> list[Fetch]:
+        """Every open fetch."""
+        return list(self._by_id.values())
+
+    def open(self, key: bytes, token_ids: Sequence[int], extent: Extent, *, store: bool) -> Fetch:
+        """Begins a fetch into `extent`, which the table owns from here."""
+        fetch = Fetch(key, token_ids, extent, self._next_id, store)
+        self._next_id += 1
+        self._by_key[key] = self._by_id[fetch.reservation_id] = fetch
+        return fetch
+
+    def reservation(self, fetch: Fetch) -> Reservation:
+        """The promise that a sender must name."""
+        size = fetch.extent.records * self._arena.shape.record_bytes
+        return Reservation(
+            worker=self.identity, reservation_id=fetch.reservation_id, epoch=fetch.epoch, bytes=size
+        )
+
+    def find(self, reservation: Reservation) -> Fetch | RefusalReason.ValueType:
+        """The fetch that a reservation names, or why it names none."""
+        if reservation.worker.incarnation != self.identity.incarnation:
+            return RefusalReason.REFUSAL_REASON_STALE_INCARNATION
+        fetch = self._by_id.get(reservation.reservation_id)
+        if fetch is None:
+            return RefusalReason.REFUSAL_REASON_UNKNOWN_RESERVATION
+        if reservation.epoch != fetch.epoch or fetch.encoding:
+            return RefusalReason.REFUSAL_REASON_STALE_EPOCH
+        return fetch
+
+    def close(self, fetch: Fetch) -> Extent:
+        """Ends a fetch and hands its extent to the caller, who must keep or free it."""
+        del self._by_key[fetch.key], self._by_id[fetch.reservation_id]
+        return fetch.extent
+
+    def extents(self) -> list[Extent]:
+        """Every extent that the table owns."""
+        return [fetch.extent for fetch in self._by_id.values()]

@@ -1,0 +1,63 @@
+"""Runs one step on the model and chooses tokens. Lives on the engine thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from decode_worker.arena import Arena
+from decode_worker.request import Request
+from decode_worker.sampler import choose
+from decode_worker.scheduler import StepEntry
+from decode_worker.step import StepContext
+from shared.engine.served_model import ServedModel
+
+# Called with each request's logits, float32 [rows, vocab], and the global position of the first row.
+LogitTrace = Callable[[str, torch.Tensor, int], None]
+
+
+class Runner:
+    """The model and the arena of one worker.
+
+    Args:
+        model: Used by this object's thread alone.
+        arena: Its extents are written only for requests of the running step.
+        trace: For the exactness gate: sees the logits of every row. None in service.
+    """
+
+    def __init__(self, model: ServedModel, arena: Arena, trace: LogitTrace | None = None) -> None:
+        self._model = model
+        self._arena = arena
+        self._trace = trace
+
+    def run(self, entries: Sequence[StepEntry]) -> list[int | None]:
+        """One step; the token of each entry, None for those whose question goes on."""
+        spans = [entry.span for entry in entries]
+        context = StepContext(self._arena, self._model.geometry.layers, spans)
+        ends = torch.tensor([len(span.token_ids) for span in spans]).cumsum(0) - 1
+        wanted = [index for index, entry in enumerate(entries) if entry.samples]
+        keep = ends[wanted] if self._trace is None else torch.arange(int(ends[-1]) + 1)
+        logits = self._model.forward_logits(context.token_ids, context.positions, keep.to(self._model.device), context)
+        if self._trace is not None:
+            self._show(entries, logits)
+            logits = logits[ends[wanted]]
+        tokens: list[int | None] = [None] * len(entries)
+        for row, index in enumerate(wanted):
+            tokens[index] = _next_token(entries[index].request, logits[row])
+        return tokens
+
+    def _show(self, entries: Sequence[StepEntry], logits: torch.Tensor) -> None:
+        if self._trace is None:
+            return
+        start = 0
+        for entry in entries:
+            end = start + len(entry.span.token_ids)
+            self._trace(entry.request.request_id, logits[start:end].clone(), entry.span.position)
+            start = end
+
+
+def _next_token(request: Request, logits: torch.Tensor) -> int:
+    if len(request.generated) < request.sampling.min_new_tokens:
+        logits[list(request.stop_ids)] = float("-inf")
+    return choose(logits, request.sampling, position=len(request.generated))

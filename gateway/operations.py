@@ -1,0 +1,54 @@
+"""drystone.v1.Operations: state of the cluster."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import grpc
+
+from drystone.v1 import operations_pb2 as v1
+from drystone.v1.operations_pb2_grpc import OperationsServicer
+from gateway.cluster import Cluster
+from gateway.service import GenerationService
+from shared.errors import DrystoneError, Reason
+from shared.status import status_values
+from shared.version import VERSION
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class OperationsService(OperationsServicer):
+    """Answers operators."""
+
+    def __init__(self, cluster: Cluster, generation: GenerationService, gateway_id: str) -> None:
+        self._cluster = cluster
+        self._generation = generation
+        self._gateway_id = gateway_id
+        self._started = time.monotonic()
+        self.address = ""
+        self.state = v1.ProcessState.PROCESS_STATE_READY
+
+    async def GetStatus(self, request: v1.GetStatusRequest, context: Context) -> v1.GetStatusResponse:  # noqa: N802 - gRPC's name
+        """The gateway first, then every worker, looked at now."""
+        del request, context
+        await self._cluster.look()
+        own = v1.ProcessStatus(
+            worker_id=self._gateway_id,
+            role=v1.ProcessRole.PROCESS_ROLE_GATEWAY,
+            state=self.state,
+            address=self.address,
+            model=self._cluster.model_name,
+            version=VERSION,
+            uptime_seconds=time.monotonic() - self._started,
+            values=status_values(
+                requests_running=self._generation.running,
+                requests_total=self._generation.total,
+                requests_failed_total=self._generation.failed,
+            ),
+        )
+        return v1.GetStatusResponse(processes=[own, *self._cluster.statuses()])
+
+    async def Explain(self, request: v1.ExplainRequest, context: Context) -> v1.ExplainResponse:  # noqa: N802 - gRPC's name
+        """Not in this version."""
+        raise DrystoneError(Reason.NOT_SUPPORTED, "Explain is not in this version of Drystone; see CHANGELOG.md")

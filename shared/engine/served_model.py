@@ -1,0 +1,132 @@
+"""A model in memory, proved and ready to run through the seam."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from shared.engine import seam
+from shared.engine.probe import ModelGeometry, ProbeError, probe
+from shared.engine.seam import AttentionContext
+from shared.kv.keys import KeySpace
+from shared.kv.layout import LAYOUT_VERSION
+from shared.model.catalog import ModelError
+from shared.model.fingerprint import fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model of one worker. The module is used by one thread at a time: its owner's engine thread.
+
+    Attributes:
+        name: Name that clients ask for.
+        folder: Local Hugging Face folder.
+        module: The transformers model, in eval mode.
+        geometry: What the probe proved.
+        fingerprint: 32-byte digest of weights and config.
+        context_tokens: Longest prompt and answer together.
+        eos_token_ids: Tokens that end an answer.
+    """
+
+    name: str
+    folder: Path
+    module: Any
+    geometry: ModelGeometry
+    fingerprint: bytes
+    context_tokens: int
+    eos_token_ids: frozenset[int]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights and KV."""
+        return getattr(torch, self.geometry.shape.dtype)  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights and KV live."""
+        return self.module.device  # type: ignore[no-any-return]
+
+    def key_space(self, tenant_salt: bytes = b"") -> KeySpace:
+        """What this model's block keys are made of."""
+        shape, regime = self.geometry.shape, self.geometry.rope_regime()
+        return KeySpace(self.fingerprint, shape.dtype, LAYOUT_VERSION, regime, tenant_salt)
+
+    @torch.inference_mode()
+    def forward_kv(self, token_ids: torch.Tensor, positions: torch.Tensor, context: AttentionContext) -> None:
+        """Runs the layers for their KV alone, without the language-model head.
+
+        Args:
+            token_ids: int64 [rows].
+            positions: int64 [rows].
+            context: Takes each layer's KV.
+        """
+        body = getattr(self.module, self.module.base_model_prefix)
+        body(token_ids[None], position_ids=positions[None], use_cache=False, drystone=context)
+
+    @torch.inference_mode()
+    def forward_logits(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor, context: AttentionContext
+    ) -> torch.Tensor:
+        """Runs the model and returns logits float32 [len(keep), vocab] of the rows `keep` (int64)."""
+        output = self.module(
+            token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep, drystone=context
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits.to(torch.float32)
+
+
+def load(folder: Path, *, name: str, dtype: str, device: str = "cpu", context_tokens: int | None = None) -> ServedModel:
+    """Loads and proves a model.
+
+    Args:
+        folder: Local Hugging Face folder with safetensors.
+        name: Name that clients ask for.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        device: torch device.
+        context_tokens: Served context; None takes the model's own, and more than that is refused.
+
+    Raises:
+        ModelError: Block attention cannot be proved exact for it.
+        ValueError: Unknown dtype or context.
+    """
+    seam.register()
+    chosen = choose_dtype(dtype, device)
+    config = AutoConfig.from_pretrained(folder)
+    limit = int(config.get_text_config().max_position_embeddings)
+    context = context_tokens or limit
+    if context > limit:
+        raise ValueError(f"context_tokens: {context} is more than the model's {limit}")
+    module = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, chosen), attn_implementation=seam.NAME, use_safetensors=True
+    )
+    module = module.to(device).eval().requires_grad_(requires_grad=False)
+    try:
+        geometry = probe(module, dtype=chosen, context_tokens=context)
+    except ProbeError as error:
+        raise ModelError(f"{name} cannot be served with block attention: {error}") from error
+    return ServedModel(name, folder, module, geometry, fingerprint(folder), context, eos_token_ids(module, folder))
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    """Resolves "auto": bfloat16 where the hardware multiplies it, else float32."""
+    if dtype == "auto":
+        fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 - torch has no public query
+        return "bfloat16" if fast else "float32"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype: {dtype!r} is none of auto, float32, bfloat16, float16")
+    return dtype
+
+
+def eos_token_ids(module: Any, folder: Path) -> frozenset[int]:
+    """End-of-sequence tokens: the generation config's and the tokenizer's."""
+    from transformers import AutoTokenizer
+
+    configured = module.generation_config.eos_token_id
+    ids: Sequence[int] = configured if isinstance(configured, list) else [configured]
+    own = AutoTokenizer.from_pretrained(folder).eos_token_id
+    return frozenset(token for token in (*ids, own) if token is not None)

@@ -1,0 +1,132 @@
+"""Settings of every process: flag, then DRYSTONE_* environment, then file, then default.
+
+    ProcessSettings            what every process has
+    ├── WorkerSettings         what both kinds of worker have
+    │   ├── prefill_worker.settings.PrefillSettings
+    │   └── decode_worker.settings.DecodeSettings
+    └── gateway.settings.GatewaySettings
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+
+def _split(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Addresses = Annotated[list[str], NoDecode, BeforeValidator(_split)]
+CONFIG_ENVIRONMENT = "DRYSTONE_CONFIG"
+
+
+class ProcessSettings(BaseSettings):
+    """What every process has."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="DRYSTONE_",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        extra="forbid",
+        frozen=True,
+    )
+    example: ClassVar[str] = ""
+
+    host: str = Field("127.0.0.1", description="Address to serve gRPC on; one address, never '*'.")
+    port: int = Field(0, ge=0, le=65535, description="Port to serve gRPC on; 0 takes a free one.")
+    ready_file: Path | None = Field(None, description="File to write addresses to, as JSON, once requests are served.")
+    exit_with_parent: int = Field(0, ge=0, description="Process id to watch; exit when it is gone. 0: watch nothing.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    log_format: Literal["json", "console"] = Field("json", description="One JSON object a line, or text for people.")
+    metrics_port: int = Field(0, ge=0, le=65535, description="Port for Prometheus /metrics; 0 serves none.")
+    drain_seconds: float = Field(10.0, ge=0, description="Seconds that running work may take after SIGTERM.")
+    max_message_bytes: int = Field(64 << 20, ge=1 << 20, description="Largest gRPC message taken, in bytes.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags and arguments first, then environment, then the TOML file that DRYSTONE_CONFIG names."""
+        del dotenv_settings, file_secret_settings
+        named = os.environ.get(CONFIG_ENVIRONMENT)
+        file = (TomlConfigSettingsSource(settings_cls, toml_file=Path(named)),) if named else ()
+        return (init_settings, env_settings, *file)
+
+    @classmethod
+    def from_command_line(cls, program: str, arguments: Sequence[str] | None = None) -> Self:
+        """Reads flags, environment and file; prints what is wrong and exits with 2 when they do not fit."""
+        return _read(cls, program, list(sys.argv[1:] if arguments is None else arguments))
+
+
+class WorkerSettings(ProcessSettings):
+    """What both kinds of worker have."""
+
+    worker_id: str = Field(
+        default_factory=socket.gethostname, min_length=1, max_length=128, description="Id that outlives restarts."
+    )
+    model: str = Field("default", description="Local Hugging Face folder, GGUF file, hub id, or 'default'.")
+    model_name: str = Field("", description="Name that clients ask for; empty takes the model's own.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of weights and KV; auto is bfloat16 where the hardware has it."
+    )
+    device: str = Field("cpu", description="torch device.")
+    threads: int = Field(0, ge=0, description="torch threads; 0 takes all cores.")
+    context_tokens: int | None = Field(None, ge=1, description="Longest prompt and answer; default the model's own.")
+
+
+SettingsT = TypeVar("SettingsT", bound=ProcessSettings)
+
+
+def _read(cls: type[SettingsT], program: str, arguments: list[str]) -> SettingsT:
+    arguments = _take_config_flag(arguments)
+    try:
+        flags = CliSettingsSource[object](
+            cls, cli_prog_name=program, cli_parse_args=arguments, cli_exit_on_error=True
+        )
+        return cls(_cli_settings_source=flags)  # type: ignore[call-arg]
+    except ValidationError as error:
+        for problem in error.errors():
+            name = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
+            print(f"{program}: {name}: {problem['msg']} (given: {problem['input']!r})", file=sys.stderr)  # noqa: T201 - before logging exists
+    except (SettingsError, OSError, ValueError) as error:
+        print(f"{program}: {error}", file=sys.stderr)  # noqa: T201 - before logging exists
+    raise SystemExit(2)
+
+
+def _take_config_flag(arguments: list[str]) -> list[str]:
+    """`--config FILE` names the file before the other flags are read; the rest is returned."""
+    rest: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        flag, _, given = argument.partition("=")
+        if flag != "--config":
+            rest.append(argument)
+            continue
+        path = Path(given or next(waiting, ""))
+        if not path.is_file():
+            raise SystemExit(f"--config: no such file: {path}")
+        os.environ[CONFIG_ENVIRONMENT] = str(path)
+    return rest

@@ -1,0 +1,43 @@
+"""Figures that processes report in `drystone status`: one registry. docs/status.md mirrors it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from drystone.v1.operations_pb2 import StatusValue
+
+FIGURES: Mapping[str, str] = MappingProxyType(
+    {
+        "requests_running": "Requests admitted and not finished.",
+        "requests_waiting": "Requests waiting for room.",
+        "requests_total": "Requests taken since the start.",
+        "requests_failed_total": "Requests that ended with an error since the start.",
+        "pool_capacity_bytes": "KV bytes that the decode worker can hold.",
+        "pool_used_bytes": "KV bytes in resident blocks, reserved extents and tails.",
+        "pool_pinned_bytes": "KV bytes of blocks that running requests use.",
+        "blocks_resident": "Blocks resident on the decode worker.",
+        "reservations_open": "Extents reserved for blocks that have not arrived.",
+        "evictions_total": "Blocks evicted since the start.",
+        "tokens_generated_total": "Tokens generated since the start.",
+        "steps_total": "Steps run since the start.",
+        "store_capacity_bytes": "KV bytes that the prefill worker keeps in memory.",
+        "store_used_bytes": "KV bytes that it keeps now.",
+        "blocks_stored": "Blocks that it keeps now.",
+        "encode_queue_blocks": "Blocks waiting to be encoded.",
+        "blocks_encoded_total": "Blocks encoded since the start.",
+        "tokens_encoded_total": "Tokens encoded since the start.",
+        "encode_seconds_total": "Seconds spent encoding since the start.",
+        "shipped_bytes_total": "KV bytes shipped since the start.",
+        "received_bytes_total": "KV bytes received and committed since the start.",
+        "chunks_refused_total": "Chunks refused since the start.",
+        "chunks_resent_total": "Chunks sent again since the start.",
+    }
+)
+
+
+def status_values(**figures: float) -> list[StatusValue]:
+    """Figures as messages; a name that is not registered is a KeyError, so that none goes undocumented."""
+    for name in figures:
+        FIGURES[name]
+    return [StatusValue(name=name, value=value) for name, value in figures.items()]

@@ -1,0 +1,1 @@
+"""How an extent travels over ZeroMQ: what sender and receiver must agree on (transfer.proto draws it)."""

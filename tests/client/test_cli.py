@@ -1,0 +1,160 @@
+"""The `drystone` command against a canned gateway."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+from drystone.cli import build_app
+from drystone.cli import console as cli_console
+from drystone.local import options as local_options
+from typer.testing import CliRunner, Result
+
+from tests.client.canned_gateway import failure
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.client.canned_gateway import CannedGateway
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Path:
+    path = tmp_path / "walls.md"
+    path.write_text("# Dry stone\n\nA wall without mortar.\n")
+    return path
+
+
+def run(*arguments: object, environment: dict[str, str] | None = None) -> Result:
+    return CliRunner().invoke(build_app(), [str(argument) for argument in arguments], env=environment)
+
+
+def test_ask_streams_and_sums_up(gateway: CannedGateway, document: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "mortar.txt"
+    plain.write_bytes("\ufeffLime and sand.".encode())
+    done = run(
+        "ask", "-s", gateway.address, "-d", document, "-d", plain, "--seed", 9, "--temperature", 0.5, "What holds?"
+    )
+    assert done.exit_code == 0, done.output
+    assert done.stdout == "Gravity holds it.\n"
+    for said in ("resident", "prefill RAM", "question", "1.5 KiB", "first token 120 ms", "10.0 tokens/s", "stop"):
+        assert said in done.stderr
+    sent = gateway.requests[0]
+    assert [(item.title, item.text) for item in sent.rag.documents] == [
+        ("Dry stone", "A wall without mortar."),
+        ("mortar", "Lime and sand."),
+    ]
+    assert sent.rag.question == "What holds?"
+    assert sent.sampling.seed == 9
+    assert not sent.sampling.HasField("max_new_tokens")
+    assert sent.attention == 1
+
+
+def test_ask_json_is_one_object(gateway: CannedGateway, document: Path) -> None:
+    done = run("ask", "--json", "-d", document, "Why?", environment={"DRYSTONE_SERVER": gateway.address})
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["text"] == "Gravity holds it."
+    assert said["usage"]["shipped_bytes"] == 1536
+    assert said["blocks"][1]["source"] == "prefill_ram"
+
+
+def test_ask_without_documents_is_a_chat(gateway: CannedGateway) -> None:
+    done = run("ask", "-s", gateway.address, "Why?")
+    assert done.exit_code == 0, done.output
+    assert "no documents" in done.stderr
+    assert gateway.requests[0].chat.messages[0].content == "Why?"
+    assert gateway.requests[0].attention == 2
+
+
+def test_ask_block_attention_needs_documents(gateway: CannedGateway) -> None:
+    done = run("ask", "-s", gateway.address, "--attention", "block", "Why?")
+    assert done.exit_code == 2
+    assert "-d FILE" in done.stderr
+
+
+def test_unusable_files_are_one_line_each(gateway: CannedGateway, tmp_path: Path) -> None:
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9")
+    for path, said in ((tmp_path / "none.md", "no such file"), (tmp_path, "is a directory"), (latin, "not UTF-8")):
+        done = run("ask", "-s", gateway.address, "-d", path, "Why?")
+        assert done.exit_code == 2
+        assert done.stderr.count("\n") == 1
+        assert said in done.stderr
+        assert str(path) in done.stderr
+    assert not gateway.requests
+
+
+def test_no_server_exits_with_4(closed_port: int, document: Path) -> None:
+    address = f"127.0.0.1:{closed_port}"
+    for arguments in (["ask", "-d", document, "Why?"], ["status"]):
+        done = run(*arguments, "--server", address)
+        assert done.exit_code == 4
+        assert f"no Drystone gateway at {address}; start one with `drystone serve`" in done.stderr
+        assert done.stdout == ""
+
+
+def test_a_refusal_names_its_reason(gateway: CannedGateway, document: Path) -> None:
+    gateway.failure = failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_REQUESTS", message="full", retry_ms=2000)
+    done = run("ask", "-s", gateway.address, "-d", document, "Why?")
+    assert done.exit_code == 1
+    assert "full [TOO_MANY_REQUESTS] (try again in 2.0 s)" in done.stderr
+
+
+def test_status(gateway: CannedGateway) -> None:
+    done = run("status", "-s", gateway.address)
+    assert done.exit_code == 0, done.output
+    for said in ("gateway", "decode-0", "ready", gateway.address, "[bold]tiny", "requests_running", "3.0 MiB"):
+        assert said in done.stdout
+    said = json.loads(run("status", "-s", gateway.address, "--json").stdout)
+    assert [process["worker_id"] for process in said["processes"]] == ["gateway", "decode-0"]
+
+
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_missing_server_packages_exit_with_3(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setattr(cli_console, "SERVER_PACKAGES", ("no_such_package.__main__",))
+    done = run(command)
+    assert done.exit_code == 3
+    assert "pip install 'drystone-server[worker]'" in done.stderr
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.exit_code, done.stdout.split()[0]) == (0, "drystone")
+
+
+def test_wrong_usage_exits_with_2() -> None:
+    assert run("ask").exit_code == 2
+    assert run("serve", "--decode", 0).exit_code == 2
+    assert run("nothing").exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["ask", "status", "serve", "check"])
+def test_help_has_examples_and_exit_codes(command: str) -> None:
+    said = run(command, "--help").output
+    assert "Examples:" in said
+    assert "Exit codes:" in said
+    assert f"drystone {command}" in said
+
+
+def test_threads_are_shared_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert local_options.ServeOptions(prefill=1, decode=2).threads_per_worker == 2
+    assert local_options.ServeOptions(prefill=8, decode=8).threads_per_worker == 1
+    assert local_options.ServeOptions(threads=3).threads_per_worker == 3
+
+
+def test_the_command_as_users_run_it(gateway: CannedGateway, document: Path) -> None:
+    command = [sys.executable, "-m", "drystone.cli", "ask", "-s", gateway.address, "-d", str(document)]
+    gateway.text = "Gravité "
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*command, "Why?"], capture_output=True, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (0, b"Gravit? holds it.\n")
+    done = subprocess.run([*command, b"caf\xe9"], capture_output=True, check=False)
+    assert done.returncode == 2
+    assert b"not UTF-8" in done.stderr
