@@ -84,9 +84,7 @@ class FetchTable:
     def reservation(self, fetch: Fetch) -> Reservation:
         """The promise that a sender must name."""
         size = fetch.extent.records * self._arena.shape.record_bytes
-        return Reservation(
-            worker=self.identity, reservation_id=fetch.reservation_id, epoch=fetch.epoch, bytes=size
-        )
+        return Reservation(worker=self.identity, reservation_id=fetch.reservation_id, epoch=fetch.epoch, bytes=size)
 
     def find(self, reservation: Reservation) -> Fetch | RefusalReason.ValueType:
         """The fetch that a reservation names, or why it names none."""

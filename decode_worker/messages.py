@@ -34,9 +34,7 @@ def admitted(request: Request, fetches: FetchTable) -> GenerateResponse:
     return GenerateResponse(call_id=request.call_id, admitted=message)
 
 
-def missing(
-    request: Request, fetches: Sequence[Fetch], table: FetchTable, endpoint: KvEndpoint
-) -> GenerateResponse:
+def missing(request: Request, fetches: Sequence[Fetch], table: FetchTable, endpoint: KvEndpoint) -> GenerateResponse:
     """The request's gateway shall have these shipped."""
     blocks = [MissingBlock(key=fetch.key, reservation=table.reservation(fetch)) for fetch in fetches]
     return GenerateResponse(call_id=request.call_id, missing=Missing(blocks=blocks, endpoint=endpoint))
@@ -47,9 +45,7 @@ def tokens(request: Request, token_ids: Sequence[int], text: str) -> GenerateRes
     return GenerateResponse(call_id=request.call_id, tokens=Tokens(token_ids=token_ids, text=text))
 
 
-def sample_ended(
-    request: Request, reason: FinishReason.ValueType, stop_token: int | None
-) -> GenerateResponse:
+def sample_ended(request: Request, reason: FinishReason.ValueType, stop_token: int | None) -> GenerateResponse:
     """The sample has ended."""
     message = SampleEnded(
         finish_reason=reason,

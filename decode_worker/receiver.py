@@ -35,6 +35,7 @@ from shared.transfer.envelope import MAX_HEADER_BYTES, MalformedFrameError, seal
 PAIR_CREDIT_BYTES = 16 << 20
 _CHUNK_FRAMES = 2
 _R = RefusalReason
+_TAKEN = _R.REFUSAL_REASON_UNSPECIFIED
 
 
 class Receiver:
@@ -100,18 +101,20 @@ class Receiver:
             header = unseal(frames[0].buffer)
         except (MalformedFrameError, IndexError) as error:
             return self._refuse(0, _R.REFUSAL_REASON_MALFORMED, str(error))
-        kind = header.WhichOneof("message")
-        if kind == "hello":
-            return self._hello(peer, header.hello)
-        if kind == "ping":
-            return TransferHeader(pong=Pong(nonce=header.ping.nonce))
-        if peer not in self._welcomed:
-            return self._refuse(0, _R.REFUSAL_REASON_NO_HELLO, "say Hello first")
-        if kind == "offer":
-            return self._offer(header.offer)
-        if kind == "chunk":
-            return self._chunk(header.chunk, frames)
-        return None
+        match header.WhichOneof("message"):
+            case "hello":
+                reply = self._hello(peer, header.hello)
+            case "ping":
+                reply = TransferHeader(pong=Pong(nonce=header.ping.nonce))
+            case "offer" | "chunk" if peer not in self._welcomed:
+                reply = self._refuse(0, _R.REFUSAL_REASON_NO_HELLO, "say Hello first")
+            case "offer":
+                return self._offer(header.offer)
+            case "chunk":
+                reply = self._chunk(header.chunk, frames)
+            case _:
+                return None
+        return reply
 
     def _hello(self, peer: bytes, hello: Hello) -> TransferHeader:
         if hello.receiver.incarnation != self._fetches.identity.incarnation:
@@ -150,7 +153,7 @@ class Receiver:
     def _chunk(self, chunk: Chunk, frames: list[zmq.Frame]) -> TransferHeader:
         reason, message = self._take(chunk, frames)
         found = self._fetches.find(chunk.reservation)
-        if reason is None and isinstance(found, Fetch):
+        if reason == _TAKEN and isinstance(found, Fetch):
             found.taken.add(chunk.chunk_index)
             found.received_bytes += chunk.length
             self.received_bytes += chunk.length
@@ -159,7 +162,7 @@ class Receiver:
                 return TransferHeader(committed=Committed(transfer_id=chunk.transfer_id))
         else:
             self.refused_total += 1
-            self._log.warning("chunk_refused", reason=_R.Name(reason or 0), detail=message, chunk=chunk.chunk_index)
+            self._log.warning("chunk_refused", reason=_R.Name(reason), detail=message, chunk=chunk.chunk_index)
         return TransferHeader(
             chunk_result=ChunkResult(
                 transfer_id=chunk.transfer_id,
@@ -170,31 +173,38 @@ class Receiver:
             )
         )
 
-    def _take(self, chunk: Chunk, frames: list[zmq.Frame]) -> tuple[RefusalReason.ValueType | None, str]:
-        """Verifies a chunk and lays it down; the reason why not, else None."""
+    def _take(self, chunk: Chunk, frames: list[zmq.Frame]) -> tuple[RefusalReason.ValueType, str]:
+        """Verifies a chunk and lays it down; the reason why not, else `_TAKEN`."""
         found = self._find(chunk.reservation, chunk.key)
         if not isinstance(found, Fetch):
             return found, "no such reservation in this epoch"
-        if not found.birth_id or chunk.birth_id != found.birth_id:
-            return _R.REFUSAL_REASON_BIRTH, "another birth than the one offered"
+        refusal = self._misfit(found, chunk, frames)
+        if refusal is not None:
+            return refusal
         tokens = len(found.token_ids)
-        plan = chunk_plan(self._shape, tokens)
-        if chunk.chunk_index >= len(plan) or len(frames) != _CHUNK_FRAMES:
-            return _R.REFUSAL_REASON_SHAPE, f"chunk {chunk.chunk_index} of {len(plan)} in {len(frames)} frames"
-        expected = plan[chunk.chunk_index]
-        data = frames[1].buffer
-        if (chunk.offset, chunk.length, len(data)) != (expected.offset, expected.length, expected.length):
-            return _R.REFUSAL_REASON_SHAPE, f"{len(data)} bytes at {chunk.offset}; expected {expected.length}"
-        if chunk.chunk_index in found.taken:
-            return _R.REFUSAL_REASON_REPEATED, "already taken"
+        expected = chunk_plan(self._shape, tokens)[chunk.chunk_index]
         landed = self._view(found)[expected.offset : expected.offset + expected.length]
-        landed.copy_(torch.frombuffer(data, dtype=torch.uint8))
-        checksum = chunk_checksum(
-            found.key, found.birth_id, self._shape, tokens, expected, memoryview(landed.numpy())
-        )
+        landed.copy_(torch.frombuffer(frames[1].buffer, dtype=torch.uint8))
+        checksum = chunk_checksum(found.key, found.birth_id, self._shape, tokens, expected, _raw(landed))
         if checksum != chunk.checksum:
             return _R.REFUSAL_REASON_CHECKSUM, "checksum does not match"
-        return None, ""
+        return _TAKEN, ""
+
+    def _misfit(
+        self, found: Fetch, chunk: Chunk, frames: list[zmq.Frame]
+    ) -> tuple[RefusalReason.ValueType, str] | None:
+        """Why a chunk may not touch the extent of the fetch that it names; None when it may."""
+        if not found.birth_id or chunk.birth_id != found.birth_id:
+            return _R.REFUSAL_REASON_BIRTH, "another birth than the one offered"
+        plan = chunk_plan(self._shape, len(found.token_ids))
+        if chunk.chunk_index >= len(plan) or len(frames) != _CHUNK_FRAMES:
+            return _R.REFUSAL_REASON_SHAPE, f"chunk {chunk.chunk_index} of {len(plan)} in {len(frames)} frames"
+        expected, size = plan[chunk.chunk_index], len(frames[1].buffer)
+        if (chunk.offset, chunk.length, size) != (expected.offset, expected.length, expected.length):
+            return _R.REFUSAL_REASON_SHAPE, f"{size} bytes at {chunk.offset}; expected {expected.length}"
+        if chunk.chunk_index in found.taken:
+            return _R.REFUSAL_REASON_REPEATED, "already taken"
+        return None
 
     def _find(self, reservation: Reservation, key: bytes) -> Fetch | RefusalReason.ValueType:
         found = self._fetches.find(reservation)
@@ -207,3 +217,8 @@ class Receiver:
     ) -> TransferHeader:
         self.refused_total += 1
         return TransferHeader(refused=Refused(transfer_id=transfer_id, reason=reason, message=message, field=field))
+
+
+def _raw(data: torch.Tensor) -> memoryview:
+    """Bytes of a uint8 tensor on the CPU, sharing its memory."""
+    return memoryview(data.numpy())  # type: ignore[arg-type] # arrays are buffers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 
@@ -14,7 +15,7 @@ from decode_worker.request import Request
 from decode_worker.text import TextStream
 from shared import logs
 from shared.engine.served_model import ServedModel
-from shared.errors import DrystoneError, Reason
+from shared.errors import DrystoneError, Reason, not_in_this_version
 from shared.internal.v1 import decode_pb2 as pb
 from shared.internal.v1.decode_pb2_grpc import DecodeServicer
 
@@ -31,11 +32,10 @@ class DecodeService(DecodeServicer):
         self._default_timeout = default_timeout_seconds
         self._log = logs.get("decode")
 
-    async def Generate(  # noqa: N802 - gRPC's name
+    async def Generate(
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Relays one session."""
-        del context
         session = _Session(self, self._engine)
         reader = asyncio.create_task(session.read(request_iterator))
         try:
@@ -79,11 +79,10 @@ class DecodeService(DecodeServicer):
             self._log.info("request", blocks=len(request.blocks), prompt_tokens=request.prompt_tokens)
         return request
 
-    async def DescribeBlocks(  # noqa: N802 - gRPC's name
+    async def DescribeBlocks(
         self, request: pb.DescribeResidentRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> pb.DescribeResidentResponse:
         """Resident blocks."""
-        del context
         wanted, now = set(request.keys), time.monotonic()
         shape = self._engine.pool.arena.shape
         return pb.DescribeResidentResponse(
@@ -101,6 +100,14 @@ class DecodeService(DecodeServicer):
                 if not wanted or block.key in wanted
             ]
         )
+
+    async def PinBlocks(self, request: pb.PinResidentRequest, context: Any) -> pb.PinResidentResponse:
+        """Not in this version."""
+        raise not_in_this_version("Decode.PinBlocks")
+
+    async def DropBlocks(self, request: pb.DropResidentRequest, context: Any) -> pb.DropResidentResponse:
+        """Not in this version."""
+        raise not_in_this_version("Decode.DropBlocks")
 
 
 class _Session:

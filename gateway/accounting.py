@@ -30,7 +30,7 @@ def planned_blocks(ticket: Ticket) -> list[BlockStats]:
     stats, offset = [], 0
     for block, ref in zip(ticket.plan.blocks, ticket.refs, strict=True):
         entry = BlockStats(
-            block_key=ref.key.hex(), role=BlockRole.Name(block.role), tokens=len(block.token_ids), offset=offset
+            block_key=ref.key.hex(), role=BlockRole.ValueType(block.role), tokens=len(block.token_ids), offset=offset
         )
         if block.document_index is not None:
             entry.document_index = block.document_index

@@ -49,9 +49,7 @@ class GatewayApp:
     async def start(self) -> dict[str, str]:
         """Serves; ready once a decode worker is. Returns addresses."""
         settings = self._settings
-        self.cluster = Cluster(
-            self._name, settings.decode_workers, settings.prefill_workers, settings.poll_seconds
-        )
+        self.cluster = Cluster(self._name, settings.decode_workers, settings.prefill_workers, settings.poll_seconds)
         self.generation = GenerationService(
             self.cluster,
             self._tokenizer,

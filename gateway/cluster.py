@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -20,6 +21,11 @@ from shared.internal.v1.prefill_pb2_grpc import PrefillStub
 from shared.internal.v1.worker_pb2_grpc import WorkerStub
 from shared.kv.keys import KeySpace
 from shared.rpc.channel import open_channel
+
+if TYPE_CHECKING:
+    # Names that exist in the type stubs alone.
+    from shared.internal.v1.decode_pb2_grpc import DecodeAsyncStub
+    from shared.internal.v1.prefill_pb2_grpc import PrefillAsyncStub
 
 _LOOK_SECONDS = 3.0
 _REMEMBERED_KEYS = 65536
@@ -53,11 +59,11 @@ class Worker:
         """Its id, or its address before it has said one."""
         return self.info.worker.worker_id if self.info is not None else self.address
 
-    def decode(self) -> DecodeStub:
+    def decode(self) -> DecodeAsyncStub:
         """Stub of its Decode service."""
         return DecodeStub(self.channel)
 
-    def prefill(self) -> PrefillStub:
+    def prefill(self) -> PrefillAsyncStub:
         """Stub of its Prefill service."""
         return PrefillStub(self.channel)
 
@@ -143,7 +149,9 @@ class Cluster:
         else:
             self._accept(worker, info, answer.status)
         if worker.detail != before:
-            self._log.info("worker", worker_id=worker.worker_id, address=worker.address, detail=worker.detail or "ready")
+            self._log.info(
+                "worker", worker_id=worker.worker_id, address=worker.address, detail=worker.detail or "ready"
+            )
 
     def _accept(self, worker: Worker, info: worker_pb2.GetInfoResponse, status: ProcessStatus) -> None:
         if worker.info is not None and worker.info.worker.incarnation != info.worker.incarnation:
@@ -157,7 +165,7 @@ class Cluster:
             worker.detail = self._differs(info)
 
     def _differs(self, info: worker_pb2.GetInfoResponse) -> str:
-        """The first worker seen sets what all of them must be; workers that differ are left out by name of the field."""
+        """The first worker seen sets what all must be; says in which field another differs, or nothing."""
         if self.compatibility is None:
             self.compatibility = info.compatibility
         for field_ in Compatibility.DESCRIPTOR.fields:

@@ -11,7 +11,7 @@ from drystone.v1 import operations_pb2 as v1
 from drystone.v1.operations_pb2_grpc import OperationsServicer
 from gateway.cluster import Cluster
 from gateway.service import GenerationService
-from shared.errors import DrystoneError, Reason
+from shared.errors import not_in_this_version
 from shared.status import status_values
 from shared.version import VERSION
 
@@ -29,9 +29,8 @@ class OperationsService(OperationsServicer):
         self.address = ""
         self.state = v1.ProcessState.PROCESS_STATE_READY
 
-    async def GetStatus(self, request: v1.GetStatusRequest, context: Context) -> v1.GetStatusResponse:  # noqa: N802 - gRPC's name
+    async def GetStatus(self, request: v1.GetStatusRequest, context: Context) -> v1.GetStatusResponse:
         """The gateway first, then every worker, looked at now."""
-        del request, context
         await self._cluster.look()
         own = v1.ProcessStatus(
             worker_id=self._gateway_id,
@@ -49,6 +48,6 @@ class OperationsService(OperationsServicer):
         )
         return v1.GetStatusResponse(processes=[own, *self._cluster.statuses()])
 
-    async def Explain(self, request: v1.ExplainRequest, context: Context) -> v1.ExplainResponse:  # noqa: N802 - gRPC's name
+    async def Explain(self, request: v1.ExplainRequest, context: Context) -> v1.ExplainResponse:
         """Not in this version."""
-        raise DrystoneError(Reason.NOT_SUPPORTED, "Explain is not in this version of Drystone; see CHANGELOG.md")
+        raise not_in_this_version("Explain")

@@ -45,7 +45,7 @@ class Ticket:
     arrived: float
     planned: float
     deadline: float
-    priority: int
+    priority: v1.Priority.ValueType
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def _open(ticket: Ticket, cluster: Cluster, worker: Worker) -> Open:
         question_token_ids=ticket.plan.question_ids,
         sampling=ticket.sampling,
         n=1,
-        priority=v1.Priority.Name(ticket.priority),
+        priority=ticket.priority,
         model_fingerprint=cluster.info.compatibility.model_fingerprint,
     )
 

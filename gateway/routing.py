@@ -31,8 +31,10 @@ def prefill_order(key: bytes, loads: Mapping[str, int]) -> list[str]:
 
 
 def decode_choice(loads: Mapping[str, int], resident: Mapping[str, int], prompt_tokens: int) -> str:
-    """The decode worker with the least cost in tokens: those still to be shipped, and a prompt's worth for each
-    request that it runs already."""
+    """The decode worker with the least cost in tokens.
+
+    A worker costs the tokens that it is not known to hold, and a prompt's worth for each request it runs.
+    """
     return min(loads, key=lambda worker: (loads[worker] * prompt_tokens - resident.get(worker, 0), worker))
 
 

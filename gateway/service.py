@@ -27,7 +27,7 @@ from gateway.prompt import (
 )
 from gateway.relay import FetchPolicy, Ticket, relay
 from shared import logs
-from shared.errors import DrystoneError, Reason
+from shared.errors import DrystoneError, Reason, not_in_this_version
 from shared.internal.v1.common_pb2 import BlockRef
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -68,9 +68,7 @@ class GenerationService(GenerationServicer):
         self._log = logs.get("generation")
         self.running = self.total = self.failed = 0
 
-    async def Generate(  # noqa: N802 - gRPC's name
-        self, request: v1.GenerateRequest, context: Context
-    ) -> AsyncIterator[v1.GenerateResponse]:
+    async def Generate(self, request: v1.GenerateRequest, context: Context) -> AsyncIterator[v1.GenerateResponse]:
         """Answers one prompt as a stream of events."""
         arrived = time.monotonic()
         metadata = dict(context.invocation_metadata() or ())
@@ -158,13 +156,12 @@ class GenerationService(GenerationServicer):
                 truncated_tokens=ticket.plan.truncated_tokens,
                 dropped_documents=ticket.plan.dropped_documents,
                 blocks=planned_blocks(ticket),
-                attention=Attention.Name(ticket.plan.attention),
+                attention=Attention.ValueType(ticket.plan.attention),
             )
         )
 
-    async def GetModel(self, request: v1.GetModelRequest, context: Context) -> v1.GetModelResponse:  # noqa: N802 - gRPC's name
+    async def GetModel(self, request: v1.GetModelRequest, context: Context) -> v1.GetModelResponse:
         """What the served model is and what it takes."""
-        del context
         self._check_model(request.model)
         info = self._cluster.info
         return v1.GetModelResponse(
@@ -177,25 +174,19 @@ class GenerationService(GenerationServicer):
             sliding_window_layers=info.sliding_window_layers,
         )
 
-    async def Warm(self, request: v1.WarmRequest, context: Context) -> AsyncIterator[v1.WarmResponse]:  # noqa: N802 - gRPC's name
+    async def Warm(self, request: v1.WarmRequest, context: Context) -> AsyncIterator[v1.WarmResponse]:
         """Not in this version."""
-        raise _not_yet("Warm")
+        raise not_in_this_version("Warm")
         yield v1.WarmResponse()  # makes this a generator, as gRPC expects
 
-    async def DescribeBlocks(  # noqa: N802 - gRPC's name
-        self, request: v1.DescribeBlocksRequest, context: Context
-    ) -> v1.DescribeBlocksResponse:
+    async def DescribeBlocks(self, request: v1.DescribeBlocksRequest, context: Context) -> v1.DescribeBlocksResponse:
         """Not in this version."""
-        raise _not_yet("DescribeBlocks")
+        raise not_in_this_version("DescribeBlocks")
 
-    async def PinBlocks(self, request: v1.PinBlocksRequest, context: Context) -> v1.PinBlocksResponse:  # noqa: N802 - gRPC's name
+    async def PinBlocks(self, request: v1.PinBlocksRequest, context: Context) -> v1.PinBlocksResponse:
         """Not in this version."""
-        raise _not_yet("PinBlocks")
+        raise not_in_this_version("PinBlocks")
 
-    async def DeleteBlocks(self, request: v1.DeleteBlocksRequest, context: Context) -> v1.DeleteBlocksResponse:  # noqa: N802 - gRPC's name
+    async def DeleteBlocks(self, request: v1.DeleteBlocksRequest, context: Context) -> v1.DeleteBlocksResponse:
         """Not in this version."""
-        raise _not_yet("DeleteBlocks")
-
-
-def _not_yet(call: str) -> DrystoneError:
-    return DrystoneError(Reason.NOT_SUPPORTED, f"{call} is not in this version of Drystone; see CHANGELOG.md")
+        raise not_in_this_version("DeleteBlocks")

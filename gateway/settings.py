@@ -10,7 +10,7 @@ from shared.settings import Addresses, ProcessSettings
 
 
 class GatewaySettings(ProcessSettings):
-    """Admits, plans and relays: `python -m gateway --port 7700 --decode-workers HOST:PORT --prefill-workers HOST:PORT`."""
+    """Admits, plans and relays: `python -m gateway --decode-workers H:P,H:P --prefill-workers H:P --port 7700`."""
 
     model: str = Field(
         "default", description="Model whose tokenizer and template are used: folder, GGUF file, hub id or 'default'."

@@ -55,9 +55,7 @@ class PrefillApp:
         shape = self.model.geometry.shape
         self.encoder = Encoder(self.model, self.store, settings.max_queued_blocks)
         self.shipper = Shipper(self.identity, compatibility_of(self.model), shape, settings.ship_timeout_seconds)
-        prefill = PrefillService(
-            self.model, self.store, self.encoder, self.shipper, settings.default_timeout_seconds
-        )
+        prefill = PrefillService(self.model, self.store, self.encoder, self.shipper, settings.default_timeout_seconds)
         self._worker = WorkerService(
             self.identity,
             ProcessRole.PROCESS_ROLE_PREFILL,

@@ -130,7 +130,7 @@ class Encoder:
 
 def raw_bytes(extent: torch.Tensor) -> memoryview:
     """An extent's bytes, sharing its memory."""
-    return memoryview(extent.view(torch.uint8).view(-1).numpy())
+    return memoryview(extent.view(torch.uint8).view(-1).numpy())  # type: ignore[arg-type] # arrays are buffers
 
 
 def _fail(encoding: Encoding, error: DrystoneError) -> None:

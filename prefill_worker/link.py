@@ -68,9 +68,7 @@ class Shipped:
 class Link:
     """The sending end of one pair. Opened by its first transfer, closed by its owner."""
 
-    def __init__(
-        self, context: zmq.asyncio.Context, address: str, shape: KvShape, timeout_seconds: float
-    ) -> None:
+    def __init__(self, context: zmq.asyncio.Context, address: str, shape: KvShape, timeout_seconds: float) -> None:
         self._shape = shape
         self._timeout = timeout_seconds
         self._socket = context.socket(zmq.DEALER)

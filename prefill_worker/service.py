@@ -14,7 +14,7 @@ from prefill_worker.shipper import Shipper
 from prefill_worker.store import RamStore, StoredBlock
 from shared import logs
 from shared.engine.served_model import ServedModel
-from shared.errors import DrystoneError, Reason, deadline_exceeded
+from shared.errors import DrystoneError, Reason, deadline_exceeded, not_in_this_version
 from shared.internal.v1 import prefill_pb2 as pb
 from shared.internal.v1.common_pb2 import BlockFailure, KvEndpoint, ShipSource
 from shared.internal.v1.prefill_pb2_grpc import PrefillServicer
@@ -35,11 +35,10 @@ class PrefillService(PrefillServicer):
         self._default_timeout = default_timeout_seconds
         self._log = logs.get("prefill")
 
-    async def EncodeBlocks(  # noqa: N802 - gRPC's name
+    async def EncodeBlocks(
         self, request: pb.EncodeBlocksRequest, context: Context
     ) -> AsyncIterator[pb.EncodeBlocksResponse]:
         """An event as each job ends."""
-        del context
         if bytes(request.model_fingerprint) != self._model.fingerprint:
             raise DrystoneError(Reason.MODEL_CHANGED, "the gateway's keys are of another model than this worker's")
         timeout = request.time_left_ms / 1e3 if request.time_left_ms else self._default_timeout
@@ -54,9 +53,9 @@ class PrefillService(PrefillServicer):
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _outcome(self, job: pb.EncodeJob, endpoint: KvEndpoint, timeout: float) -> pb.EncodeBlocksResponse:
+    async def _outcome(self, job: pb.EncodeJob, endpoint: KvEndpoint, seconds: float) -> pb.EncodeBlocksResponse:
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(seconds):
                 return pb.EncodeBlocksResponse(done=await self._run(job, endpoint))
         except TimeoutError:
             error = deadline_exceeded("encoding and shipping a block")
@@ -99,9 +98,8 @@ class PrefillService(PrefillServicer):
         done.encode_ms, done.queue_ms = (0.0 if shared else encoding.encode_ms), encoding.queue_ms
         return block
 
-    async def DescribeBlocks(self, request: pb.DescribeStoredRequest, context: Context) -> pb.DescribeStoredResponse:  # noqa: N802 - gRPC's name
+    async def DescribeBlocks(self, request: pb.DescribeStoredRequest, context: Context) -> pb.DescribeStoredResponse:
         """Stored blocks."""
-        del context
         found = [self._store.peek(key) for key in request.keys] if request.keys else self._store.all()
         now = time.monotonic()
         return pb.DescribeStoredResponse(
@@ -120,3 +118,11 @@ class PrefillService(PrefillServicer):
                 if block is not None
             ]
         )
+
+    async def PinBlocks(self, request: pb.PinStoredRequest, context: Context) -> pb.PinStoredResponse:
+        """Not in this version."""
+        raise not_in_this_version("Prefill.PinBlocks")
+
+    async def DeleteBlocks(self, request: pb.DeleteStoredRequest, context: Context) -> pb.DeleteStoredResponse:
+        """Not in this version."""
+        raise not_in_this_version("Prefill.DeleteBlocks")

@@ -2,7 +2,7 @@
 
     Exception
     └── DrystoneError            reason, message, field violations, metadata, retry delay
-        └── InvalidRequest       a DrystoneError that names one field, its limit and the value given
+        └── InvalidRequestError       a DrystoneError that names one field, its limit and the value given
 
 A reason is stable: clients and dashboards may rely on it. `docs/errors.md` mirrors `REASONS`
 (a test holds them equal). `shared.rpc.errors` turns these into gRPC statuses with google.rpc details.
@@ -22,7 +22,7 @@ class Reason(StrEnum):
     """Stable reason of an error, as ErrorInfo.reason carries it."""
 
     @staticmethod
-    def _generate_next_value_(name: str, start: int, count: int, last_values: list[str]) -> str:
+    def _generate_next_value_(name: str, *_: object) -> str:
         return name
 
     MALFORMED_REQUEST = auto()
@@ -146,7 +146,7 @@ class DrystoneError(Exception):
 
     @property
     def status(self) -> grpc.StatusCode:
-        """gRPC status that the reason maps to."""
+        """GRPC status that the reason maps to."""
         return REASONS[self.reason].status
 
     @property
@@ -155,7 +155,7 @@ class DrystoneError(Exception):
         return REASONS[self.reason].retryable
 
 
-class InvalidRequest(DrystoneError):
+class InvalidRequestError(DrystoneError):
     """One field breaks one rule; says the field, the limit and the value given."""
 
     def __init__(self, reason: Reason, field: str, problem: str, *, limit: object = None, value: object = None) -> None:
@@ -167,3 +167,8 @@ class InvalidRequest(DrystoneError):
 def deadline_exceeded(what: str) -> DrystoneError:
     """The request's time was up while it waited for `what`."""
     return DrystoneError(Reason.DEADLINE_EXCEEDED, f"deadline passed while {what}", metadata={"while": what})
+
+
+def not_in_this_version(call: str) -> DrystoneError:
+    """A call whose shape is fixed and whose work comes with a later version."""
+    return DrystoneError(Reason.NOT_SUPPORTED, f"{call} is not in this version of Drystone; see CHANGELOG.md")

@@ -32,6 +32,6 @@ def serve(
         folder = resolve_model(model, lambda said: log.info("model", detail=said))
         app = make_app(folder, model_name or display_name(model))
     except (ModelError, ValueError, OSError) as error:
-        log.error("cannot_start", reason=str(error))
+        log.critical("cannot_start", reason=str(error))
         sys.exit(1)
     uvloop.run(run_app(app, settings))

@@ -61,7 +61,7 @@ def write_ready_file(path: Path | None, addresses: dict[str, str]) -> None:
 
 
 async def _watch_parent(parent: int, stop: asyncio.Event) -> None:
-    while parent and os.getppid() == parent:
+    while parent and os.getppid() == parent:  # noqa: ASYNC110 - the kernel tells only who asks
         await asyncio.sleep(_PARENT_POLL_SECONDS)
     if parent:
         logs.get("runtime").warning("parent_gone", parent=parent)

@@ -1,10 +1,10 @@
 """Settings of every process: flag, then DRYSTONE_* environment, then file, then default.
 
-    ProcessSettings            what every process has
-    ├── WorkerSettings         what both kinds of worker have
-    │   ├── prefill_worker.settings.PrefillSettings
-    │   └── decode_worker.settings.DecodeSettings
-    └── gateway.settings.GatewaySettings
+ProcessSettings            what every process has
+├── WorkerSettings         what both kinds of worker have
+│   ├── prefill_worker.settings.PrefillSettings
+│   └── decode_worker.settings.DecodeSettings
+└── gateway.settings.GatewaySettings
 """
 
 from __future__ import annotations
@@ -103,9 +103,7 @@ SettingsT = TypeVar("SettingsT", bound=ProcessSettings)
 def _read(cls: type[SettingsT], program: str, arguments: list[str]) -> SettingsT:
     arguments = _take_config_flag(arguments)
     try:
-        flags = CliSettingsSource[object](
-            cls, cli_prog_name=program, cli_parse_args=arguments, cli_exit_on_error=True
-        )
+        flags = CliSettingsSource[object](cls, cli_prog_name=program, cli_parse_args=arguments, cli_exit_on_error=True)
         return cls(_cli_settings_source=flags)  # type: ignore[call-arg]
     except ValidationError as error:
         for problem in error.errors():

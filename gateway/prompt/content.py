@@ -4,8 +4,7 @@ import re
 from collections.abc import Iterator
 
 from drystone.v1 import generation_pb2, prompt_pb2
-
-from shared.errors import InvalidRequest, Reason
+from shared.errors import InvalidRequestError, Reason
 
 Content = prompt_pb2.Document | prompt_pb2.BlockInput
 
@@ -32,14 +31,14 @@ def text_of(content: Content, path: str) -> str:
     """Text of a content that is not a block key.
 
     Raises:
-        InvalidRequest: The bytes are not UTF-8.
+        InvalidRequestError: The bytes are not UTF-8.
     """
     if content.WhichOneof("content") != "utf8_text":
         return content.text
     try:
         return content.utf8_text.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             Reason.INVALID_UTF8,
             f"{path}.utf8_text",
             f"is not UTF-8 at byte offset {error.start}",

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from drystone.v1.generation_pb2 import GenerateRequest
-
 from shared.errors import DrystoneError, Reason
 
 

@@ -7,14 +7,13 @@ from itertools import chain, groupby
 from drystone.v1.generation_pb2 import GenerateRequest
 from drystone.v1.prompt_pb2 import Attention, Document, TemplateOptions
 from drystone.v1.statistics_pb2 import BlockRole
-
 from gateway.prompt.limits import PromptLimits
 from gateway.prompt.plan import PlannedBlock, PlannedPrompt
 from gateway.prompt.segments import KnownBlocks, Segment, passage_segment, segments_of
 from gateway.prompt.template_choice import TemplateDefaults, choose_template, wants_bos
 from gateway.prompt.tokenizer import PromptTokenizer
 from gateway.prompt.truncation import Room, cut_tokens, drop_passages, room_for
-from shared.errors import InvalidRequest, Reason
+from shared.errors import InvalidRequestError, Reason
 
 BLOCK_ATTENTION_PREFIX = "[Block-Attention]"
 
@@ -122,7 +121,7 @@ class PromptPlanner:
         if not ids and segment.role != BlockRole.BLOCK_ROLE_PREAMBLE:
             question = segment.role == BlockRole.BLOCK_ROLE_QUESTION
             reason = Reason.EMPTY_PROMPT if question else Reason.EMPTY_DOCUMENT
-            raise InvalidRequest(reason, segment.field, "has no token")
+            raise InvalidRequestError(reason, segment.field, "has no token")
         return ids
 
     def _ids_alone(self, segments: Sequence[Segment]) -> list[tuple[Segment, tuple[int, ...]]]:
@@ -140,7 +139,7 @@ class PromptPlanner:
                 parts = [(segment.text, self._may_spell_control(segment)) for segment in run]
                 ids += self._tokenizer.encode_together(parts)
         if not ids:
-            raise InvalidRequest(Reason.EMPTY_PROMPT, segments[-1].field, "has no token")
+            raise InvalidRequestError(Reason.EMPTY_PROMPT, segments[-1].field, "has no token")
         return ids
 
     def _may_spell_control(self, segment: Segment) -> bool:

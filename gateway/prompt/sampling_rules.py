@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from drystone.v1.sampling_pb2 import SamplingParams
-
 from gateway.prompt.limits import PromptLimits
 from gateway.prompt.sampling import max_new_tokens
-from shared.errors import InvalidRequest, Reason
+from shared.errors import InvalidRequestError, Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +36,12 @@ def check_sampling(sampling: SamplingParams, limits: PromptLimits) -> None:
     """Refuse values out of range.
 
     Raises:
-        InvalidRequest: The first rule that is broken.
+        InvalidRequestError: The first rule that is broken.
     """
     for rule in _NUMBERS:
         value = getattr(sampling, rule.field)
         if sampling.HasField(rule.field) and not rule.allows(value):  # type: ignore[arg-type]
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 Reason.INVALID_SAMPLING, f"sampling.{rule.field}", rule.must, limit=rule.limit, value=value
             )
     if sampling.top_k > limits.max_top_k:
@@ -66,7 +65,7 @@ def check_sampling(sampling: SamplingParams, limits: PromptLimits) -> None:
 def _check_stops(stops: Iterable[str], limits: PromptLimits) -> None:
     stops = list(stops)
     if len(stops) > limits.max_stop_strings:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             Reason.TOO_MANY_STOP_STRINGS,
             "sampling.stop",
             "has too many strings",
@@ -75,10 +74,10 @@ def _check_stops(stops: Iterable[str], limits: PromptLimits) -> None:
         )
     for index, stop in enumerate(stops):
         if not stop:
-            raise InvalidRequest(Reason.INVALID_SAMPLING, f"sampling.stop[{index}]", "is empty")
+            raise InvalidRequestError(Reason.INVALID_SAMPLING, f"sampling.stop[{index}]", "is empty")
         if (size := len(stop.encode())) > limits.max_stop_bytes:
             raise _beyond(f"stop[{index}]", "is too long, in bytes", limits.max_stop_bytes, size)
 
 
-def _beyond(field: str, problem: str, limit: object, value: object) -> InvalidRequest:
-    return InvalidRequest(Reason.INVALID_SAMPLING, f"sampling.{field}", problem, limit=limit, value=value)
+def _beyond(field: str, problem: str, limit: object, value: object) -> InvalidRequestError:
+    return InvalidRequestError(Reason.INVALID_SAMPLING, f"sampling.{field}", problem, limit=limit, value=value)

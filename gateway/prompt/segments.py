@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from drystone.v1.generation_pb2 import GenerateRequest
 from drystone.v1.prompt_pb2 import Document
 from drystone.v1.statistics_pb2 import BlockRole
-
 from gateway.prompt.content import Content, content_field, contents_in, normal_key, text_of
 from gateway.prompt.templates import Frame, Template, passage_text
-from shared.errors import InvalidRequest, Reason
+from shared.errors import InvalidRequestError, Reason
 
 KnownBlocks = Mapping[str, tuple[int, ...]]
 
@@ -97,7 +96,7 @@ def _exact(request: GenerateRequest, known_blocks: KnownBlocks) -> Iterator[Segm
 def _known(field: str, content: Content, known_blocks: KnownBlocks, index: int | None) -> Segment:
     ids = known_blocks.get(normal_key(content.block_key))
     if ids is None:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             Reason.UNKNOWN_BLOCK_KEY, f"{field}.block_key", "names no block that lives", value=content.block_key
         )
     role = BlockRole.BLOCK_ROLE_PASSAGE

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from drystone.v1.prompt_pb2 import TemplateOptions
 from google.protobuf import struct_pb2
 
+from drystone.v1.prompt_pb2 import TemplateOptions
 from gateway.prompt.chat_template import ChatTemplate
 from gateway.prompt.templates import CARD, PLAIN, TULU, Template, TextTemplate
 from gateway.prompt.tokenizer import PromptTokenizer
-from shared.errors import InvalidRequest, Reason
+from shared.errors import InvalidRequestError, Reason
 
 _TEXT_TEMPLATES: Mapping[str, TextTemplate] = {template.name: template for template in (TULU, CARD, PLAIN)}
 TEMPLATE_NAMES = ("chat", *_TEXT_TEMPLATES)
@@ -63,18 +63,18 @@ def choose_template(options: TemplateOptions, defaults: TemplateDefaults, tokeni
     """Template that a request asks for.
 
     Raises:
-        InvalidRequest: The name is unknown, or a keyword belongs to the server.
+        InvalidRequestError: The name is unknown, or a keyword belongs to the server.
     """
     name = options.name if options.HasField("name") else defaults.resolved_name(tokenizer)
     kwargs = _template_kwargs(options, defaults, tokenizer)
     if name == "chat":
         if not tokenizer.has_chat_template:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 Reason.INVALID_TEMPLATE, "template.name", "the model has no chat template", limit=_known(), value="chat"
             )
         return ChatTemplate(tokenizer, kwargs)
     if name not in _TEXT_TEMPLATES:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             Reason.INVALID_TEMPLATE, "template.name", "is not a known template", limit=_known(), value=repr(name)
         )
     return _TEXT_TEMPLATES[name]
@@ -92,11 +92,11 @@ def wants_bos(
         by_itself: What "auto" means for this prompt.
 
     Raises:
-        InvalidRequest: The request asks for BOS and the tokenizer has none.
+        InvalidRequestError: The request asks for BOS and the tokenizer has none.
     """
     if options.HasField("add_bos"):
         if options.add_bos and tokenizer.bos_token_id is None:
-            raise InvalidRequest(Reason.INVALID_FIELD, "template.add_bos", "the tokenizer has no BOS token")
+            raise InvalidRequestError(Reason.INVALID_FIELD, "template.add_bos", "the tokenizer has no BOS token")
         return options.add_bos
     return by_itself and tokenizer.adds_bos if defaults.bos == "auto" else defaults.bos == "always"
 
@@ -112,7 +112,7 @@ def _template_kwargs(
     for name in asked:
         if name in tokenizer.reserved_template_kwargs:
             field_name = f"template.chat_template_kwargs.{name}"
-            raise InvalidRequest(Reason.INVALID_FIELD, field_name, "is set by the server")
+            raise InvalidRequestError(Reason.INVALID_FIELD, field_name, "is set by the server")
     kwargs = {**defaults.chat_template_kwargs, **asked}
     if options.HasField("enable_thinking"):
         kwargs["enable_thinking"] = options.enable_thinking

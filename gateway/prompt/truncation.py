@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 from drystone.v1.generation_pb2 import GenerateRequest
 from drystone.v1.prompt_pb2 import TruncationSide
-
 from gateway.prompt.plan import PlannedBlock
 from gateway.prompt.sampling import max_new_tokens
-from shared.errors import InvalidRequest, Reason
+from shared.errors import InvalidRequestError, Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +36,10 @@ class Room:
         """True when the front gives way."""
         return self.side == TruncationSide.TRUNCATION_SIDE_LEFT
 
-    def refusal(self, needed: int, advice: str) -> InvalidRequest:
+    def refusal(self, needed: int, advice: str) -> InvalidRequestError:
         """The error of a prompt that needs more."""
         problem = f"the prompt is longer than {self.because}, in tokens ({advice})"
-        return InvalidRequest(Reason.PROMPT_TOO_LONG, self.field, problem, limit=self.tokens, value=needed)
+        return InvalidRequestError(Reason.PROMPT_TOO_LONG, self.field, problem, limit=self.tokens, value=needed)
 
 
 def room_for(request: GenerateRequest, context_tokens: int, server_limit: int | None) -> Room:
@@ -52,11 +51,11 @@ def room_for(request: GenerateRequest, context_tokens: int, server_limit: int | 
         server_limit: Longest prompt that the server takes, beside the context.
 
     Raises:
-        InvalidRequest: The answer alone fills the context.
+        InvalidRequestError: The answer alone fills the context.
     """
     answer = max_new_tokens(request.sampling)
     if answer >= context_tokens:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             Reason.INVALID_SAMPLING,
             "sampling.max_new_tokens",
             f"leaves no room for a prompt in the model's context of {context_tokens} tokens",
@@ -83,7 +82,7 @@ def drop_passages(
         room: Room that there is.
 
     Raises:
-        InvalidRequest: It does not fit, whatever may be dropped.
+        InvalidRequestError: It does not fit, whatever may be dropped.
     """
     needed = fixed_tokens + sum(len(block.token_ids) for block in blocks)
     if needed > room.tokens and room.refuses:
@@ -105,7 +104,7 @@ def cut_tokens(ids: tuple[int, ...], room: Room) -> tuple[int, ...]:
     """The ids that fit.
 
     Raises:
-        InvalidRequest: They do not fit, and nothing gives way.
+        InvalidRequestError: They do not fit, and nothing gives way.
     """
     if len(ids) <= room.tokens:
         return ids

@@ -3,14 +3,13 @@
 from drystone.v1.generation_pb2 import GenerateRequest, Priority
 from drystone.v1.prompt_pb2 import Attention, TruncationSide
 from drystone.v1.sampling_pb2 import Resume
-
 from gateway.prompt.content import is_block_key
 from gateway.prompt.limits import PromptLimits
 from gateway.prompt.not_yet import check_supported
 from gateway.prompt.prompt_rules import check_blocks, check_chat, check_rag
 from gateway.prompt.sampling import max_new_tokens
 from gateway.prompt.sampling_rules import check_sampling
-from shared.errors import InvalidRequest, Reason
+from shared.errors import InvalidRequestError, Reason
 
 
 def validate(request: GenerateRequest, limits: PromptLimits) -> None:
@@ -21,7 +20,7 @@ def validate(request: GenerateRequest, limits: PromptLimits) -> None:
         limits: Upper bounds of this server.
 
     Raises:
-        InvalidRequest: One rule is broken; names the field, the limit and the value.
+        InvalidRequestError: One rule is broken; names the field, the limit and the value.
         DrystoneError: NOT_SUPPORTED, naming the field.
     """
     _check_prompt(request, limits)
@@ -42,7 +41,7 @@ def _check_prompt(request: GenerateRequest, limits: PromptLimits) -> None:
         case "chat":
             check_chat(request.chat, limits)
         case _:
-            raise InvalidRequest(Reason.EMPTY_PROMPT, "prompt", "is missing; set one of rag, blocks or chat")
+            raise InvalidRequestError(Reason.EMPTY_PROMPT, "prompt", "is missing; set one of rag, blocks or chat")
 
 
 def _check_enums(request: GenerateRequest) -> None:
@@ -53,7 +52,7 @@ def _check_enums(request: GenerateRequest) -> None:
     ):
         if value not in kind.values():
             known = f"{min(kind.values())} to {max(kind.values())}"
-            raise InvalidRequest(Reason.INVALID_FIELD, field, "is not a known value", limit=known, value=value)
+            raise InvalidRequestError(Reason.INVALID_FIELD, field, "is not a known value", limit=known, value=value)
 
 
 def _check_envelope(request: GenerateRequest, limits: PromptLimits) -> None:
@@ -76,7 +75,7 @@ def _check_resume(request: GenerateRequest, resume: Resume) -> None:
         value = repr(resume.model_fingerprint[:80])
         raise _invalid("resume.model_fingerprint", "must be 64 hexadecimal digits", 64, value)
     if not request.sampling.HasField("seed"):
-        raise InvalidRequest(
+        raise InvalidRequestError(
             Reason.INVALID_FIELD, "sampling.seed", "is missing; a resumed request needs the seed of its Started event"
         )
     samples, most = max(request.n, 1), max_new_tokens(request.sampling)
@@ -94,5 +93,5 @@ def _check_resume(request: GenerateRequest, resume: Resume) -> None:
             raise _invalid(f"{path}.token_ids", "is longer than max_new_tokens", most, len(sample.token_ids))
 
 
-def _invalid(field: str, problem: str, limit: object, value: object) -> InvalidRequest:
-    return InvalidRequest(Reason.INVALID_FIELD, field, problem, limit=limit, value=value)
+def _invalid(field: str, problem: str, limit: object, value: object) -> InvalidRequestError:
+    return InvalidRequestError(Reason.INVALID_FIELD, field, problem, limit=limit, value=value)

@@ -14,11 +14,13 @@ CHUNK_TOKENS = 512
 
 
 def new_extent(shape: KvShape, tokens: int) -> torch.Tensor:
-    """A fresh extent [layers, tokens, 2, kv_heads, head_dim]; the forward writes it, ZeroMQ sends it: no copy between."""
+    """A fresh extent [layers, tokens, 2, kv_heads, head_dim]: the forward writes it and ZeroMQ sends it, uncopied."""
     return torch.empty(shape.layers, tokens, 2, shape.kv_heads, shape.head_dim, dtype=getattr(torch, shape.dtype))
 
 
-def encode_block(model: ServedModel, token_ids: list[int], extent: torch.Tensor, chunk_tokens: int = CHUNK_TOKENS) -> None:
+def encode_block(
+    model: ServedModel, token_ids: list[int], extent: torch.Tensor, chunk_tokens: int = CHUNK_TOKENS
+) -> None:
     """Fills `extent` with the KV of `token_ids` at positions 0..n-1, in causal chunks of `chunk_tokens`.
 
     Args:

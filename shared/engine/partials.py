@@ -25,7 +25,9 @@ def dense_partial(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
     return out.reshape(heads, rows, width), lse.reshape(heads, rows)
 
 
-def causal_partial(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def causal_partial(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Row i sees keys 0..i; rows past the last key see all. Shapes as in `dense_partial`."""
     out, lse = _flash(q[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], is_causal=True, scale=scale)
     return out[0], lse[0]
@@ -39,7 +41,7 @@ def masked_partial(
     For runs that a sliding window cuts: rare, and the only place where rows may see nothing.
     """
     heads, rows, width = q.shape
-    tokens, kv_heads, _ = k.shape
+    kv_heads = k.shape[1]
     grouped = q.to(torch.float32).reshape(kv_heads, heads // kv_heads, rows, width)
     keys, values = (x.to(torch.float32).transpose(0, 1)[:, None] for x in (k, v))
     scores = grouped @ keys.transpose(-1, -2) * scale

@@ -34,9 +34,7 @@ class ChunkRange:
 
 def chunk_plan(shape: KvShape, tokens: int, chunk_bytes: int = CHUNK_BYTES) -> list[ChunkRange]:
     """Cuts an extent of `tokens` tokens into chunks of at most `chunk_bytes` bytes (at least one record each)."""
-    return [
-        ChunkRange(index, *piece) for index, piece in enumerate(_pieces(shape, tokens, max(chunk_bytes, 1)))
-    ]
+    return [ChunkRange(index, *piece) for index, piece in enumerate(_pieces(shape, tokens, max(chunk_bytes, 1)))]
 
 
 def _pieces(shape: KvShape, tokens: int, chunk_bytes: int) -> Iterator[tuple[int, int, int, int]]:
@@ -53,7 +51,9 @@ def _pieces(shape: KvShape, tokens: int, chunk_bytes: int) -> Iterator[tuple[int
             yield layer, 1, layer * layer_bytes + start, min(part, layer_bytes - start)
 
 
-def chunk_checksum(key: bytes, birth_id: bytes, shape: KvShape, tokens: int, chunk: ChunkRange, data: memoryview) -> int:
+def chunk_checksum(
+    key: bytes, birth_id: bytes, shape: KvShape, tokens: int, chunk: ChunkRange, data: memoryview
+) -> int:
     """xxh3-64 over the identity of a chunk and its bytes; unsigned."""
     identity = struct.pack(
         "<32s16sIIIIIIIQQ8s",

@@ -33,7 +33,7 @@ def to_status(error: DrystoneError) -> status_pb2.Status:
 
 def from_rpc_error(error: grpc.aio.AioRpcError, otherwise: Reason) -> DrystoneError:
     """The DrystoneError that a peer raised; `otherwise` when the status carries no reason of ours."""
-    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    status = rpc_status.from_call(error)
     info = error_details_pb2.ErrorInfo()
     retry = error_details_pb2.RetryInfo()
     reason, metadata, retry_ms, field = otherwise, dict[str, str](), None, None
@@ -68,11 +68,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> Any:
         """Wraps the handler found for a call."""
-        handler = await continuation(handler_call_details)
+        # The stubs describe the handlers of synchronous servers.
+        handler: Any = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith("/drystone."):
             return handler
         method = handler_call_details.method

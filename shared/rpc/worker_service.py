@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import grpc
 
 from drystone.v1.operations_pb2 import ProcessRole, ProcessState, ProcessStatus
 from shared.engine.served_model import ServedModel
+from shared.errors import not_in_this_version
 from shared.internal.v1 import worker_pb2 as pb
 from shared.internal.v1.common_pb2 import KvEndpoint, WorkerIdentity
 from shared.internal.v1.worker_pb2_grpc import WorkerServicer
@@ -48,9 +49,8 @@ class WorkerService(WorkerServicer):
         self.address = ""
         self.state = ProcessState.PROCESS_STATE_READY
 
-    async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.GetInfoResponse:  # noqa: N802 - gRPC's name
+    async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.GetInfoResponse:
         """Who the worker is."""
-        del request, context
         return pb.GetInfoResponse(
             worker=self._identity,
             role=self._role,
@@ -64,9 +64,15 @@ class WorkerService(WorkerServicer):
             capacity_bytes=self._capacity_bytes,
         )
 
-    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # noqa: N802 - gRPC's name
+    async def WatchBlocks(
+        self, request: pb.WatchBlocksRequest, context: Context
+    ) -> AsyncIterator[pb.WatchBlocksResponse]:
+        """Not in this version: gateways learn residency from their own requests."""
+        raise not_in_this_version("WatchBlocks")
+        yield pb.WatchBlocksResponse()  # makes this a generator, as gRPC expects
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
         """How it does."""
-        del request, context
         return pb.GetStatusResponse(
             status=ProcessStatus(
                 worker_id=self._identity.worker_id,

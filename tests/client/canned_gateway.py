@@ -7,6 +7,10 @@ from concurrent import futures
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
 from drystone.v1 import (
     generation_pb2,
     generation_pb2_grpc,
@@ -16,9 +20,6 @@ from drystone.v1 import (
     sampling_pb2,
     statistics_pb2,
 )
-from google.protobuf import any_pb2, duration_pb2
-from google.rpc import error_details_pb2, status_pb2
-from grpc_status import rpc_status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+from typer.testing import CliRunner, Result
+
 from drystone.cli import build_app
 from drystone.cli import console as cli_console
 from drystone.local import options as local_options
-from typer.testing import CliRunner, Result
-
 from tests.client.canned_gateway import failure
 
 if TYPE_CHECKING:

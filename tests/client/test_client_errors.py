@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import drystone
 import grpc
 import pytest
 
+import drystone
 from tests.client.canned_gateway import failure
 
 if TYPE_CHECKING:

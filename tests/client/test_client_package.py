@@ -9,8 +9,9 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-import drystone
 import pytest
+
+import drystone
 
 CLIENT = Path(__file__).parents[2] / "client"
 

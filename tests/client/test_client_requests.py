@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from drystone import Block, Document, InvalidRequestError, Message, Template, Truncation
 from drystone._requests import generate_request
 from drystone.v1 import prompt_pb2

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-import drystone
 import grpc
 import pytest
-from drystone import AsyncClient, Client, Completed, SampleFinished, Started, TextDelta
 
+import drystone
+from drystone import AsyncClient, Client, Completed, SampleFinished, Started, TextDelta
 from tests.client.canned_gateway import KEYS, failure
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from drystone.local.commands import ModelUnavailableError, ServedModel
 from drystone.local.options import ServeOptions
 from drystone.local.supervisor import Supervisor, SupervisorError

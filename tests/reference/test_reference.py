@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from drystone.local.reference import Reference, Stop, block_mask
 from transformers import DynamicCache
 
+from drystone.local.reference import Reference, Stop, block_mask
 from tests.support.tiny_models import KINDS_SERVED, SLIDING_WINDOW, VOCAB_SIZE, make_tiny
 
 if TYPE_CHECKING:

@@ -1,10 +1,10 @@
 """Short ways to say a request, and to read a plan."""
 
+from hypothesis import strategies as st
+
 from drystone.v1 import generation_pb2 as pb
 from drystone.v1 import prompt_pb2 as prompts
 from drystone.v1.statistics_pb2 import BlockRole
-from hypothesis import strategies as st
-
 from gateway.prompt import PlannedPrompt, PromptTokenizer
 
 KEY = "0123456789abcdef" * 4

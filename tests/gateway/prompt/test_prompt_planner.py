@@ -1,8 +1,6 @@
 """Plans: blocks, roles, BOS, prefix, and FULL against BLOCK."""
 
 import pytest
-from drystone.v1 import generation_pb2 as pb
-from drystone.v1 import prompt_pb2 as prompts
 from hypothesis import given
 from hypothesis import strategies as st
 from prompt_requests import (
@@ -24,8 +22,10 @@ from prompt_requests import (
 )
 from prompt_templates import MakePlanner
 
+from drystone.v1 import generation_pb2 as pb
+from drystone.v1 import prompt_pb2 as prompts
 from gateway.prompt import PromptTokenizer
-from shared.errors import DrystoneError, InvalidRequest, Reason
+from shared.errors import DrystoneError, InvalidRequestError, Reason
 
 
 def test_rag_becomes_preamble_passages_and_question(chatml: PromptTokenizer, make_planner: MakePlanner):
@@ -57,7 +57,7 @@ def test_block_key_lays_known_ids(chatml: PromptTokenizer, make_planner: MakePla
     plan = make_planner(chatml).plan(request, {KEY: (5, 6, 7)})
     laid = plan.blocks[2]
     assert (laid.token_ids, laid.text, laid.document_index, laid.role) == ((5, 6, 7), None, 1, PASSAGE)
-    with pytest.raises(InvalidRequest) as raised:
+    with pytest.raises(InvalidRequestError) as raised:
         make_planner(chatml).plan(request, {})
     assert (raised.value.reason, raised.value.field) == (Reason.UNKNOWN_BLOCK_KEY, "rag.documents[1].block_key")
 

@@ -1,16 +1,16 @@
 """Templates: joined blocks are the ordinary rendering, and every form is what models were trained on."""
 
 import pytest
-from drystone.v1.prompt_pb2 import TemplateOptions
 from hypothesis import given
 from hypothesis import strategies as st
 from prompt_templates import DROPS_SYSTEM, REPEATS, SYSTEM_LAST, MakeTokenizer
 
+from drystone.v1.prompt_pb2 import TemplateOptions
 from gateway.prompt import PromptTokenizer, TemplateDefaults
 from gateway.prompt.chat_template import ChatTemplate
 from gateway.prompt.template_choice import choose_template, wants_bos
 from gateway.prompt.templates import CARD, INSTRUCTIONS, PLAIN, QUESTION, TULU, Frame, passage_text
-from shared.errors import DrystoneError, InvalidRequest, Reason
+from shared.errors import DrystoneError, InvalidRequestError, Reason
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 PASSAGES = st.lists(st.builds(passage_text, TEXT, TEXT), min_size=1, max_size=4)
@@ -160,7 +160,7 @@ def test_struct_values_become_plain(chatml: PromptTokenizer):
 def test_reserved_keyword_is_refused(chatml: PromptTokenizer, name: str):
     options = TemplateOptions()
     options.chat_template_kwargs.update({name: "x"})
-    with pytest.raises(InvalidRequest) as raised:
+    with pytest.raises(InvalidRequestError) as raised:
         choose_template(options, TemplateDefaults(), chatml)
     assert raised.value.field == f"template.chat_template_kwargs.{name}"
 
@@ -174,7 +174,7 @@ def test_bad_keyword_is_the_templates_error(chatml: PromptTokenizer):
 
 
 def test_unknown_template_lists_the_known(chatml: PromptTokenizer):
-    with pytest.raises(InvalidRequest, match="chat, tulu, card, plain") as raised:
+    with pytest.raises(InvalidRequestError, match="chat, tulu, card, plain") as raised:
         choose_template(TemplateOptions(name="alpaca"), TemplateDefaults(), chatml)
     assert (raised.value.reason, raised.value.field) == (Reason.INVALID_TEMPLATE, "template.name")
 
@@ -183,7 +183,7 @@ def test_automatic_choice(chatml: PromptTokenizer, base: PromptTokenizer):
     assert choose_template(TemplateOptions(), TemplateDefaults(), chatml).name == "chat"
     assert choose_template(TemplateOptions(), TemplateDefaults(), base).name == "plain"
     assert choose_template(TemplateOptions(name="card"), TemplateDefaults(), base).name == "card"
-    with pytest.raises(InvalidRequest, match="no chat template"):
+    with pytest.raises(InvalidRequestError, match="no chat template"):
         choose_template(TemplateOptions(name="chat"), TemplateDefaults(), base)
 
 
@@ -203,7 +203,7 @@ def test_bad_defaults_are_refused(base: PromptTokenizer, defaults: TemplateDefau
 def test_bos_needs_a_token(chatml: PromptTokenizer):
     with pytest.raises(ValueError, match="BOS"):
         TemplateDefaults(bos="always").check(chatml)
-    with pytest.raises(InvalidRequest, match="no BOS token"):
+    with pytest.raises(InvalidRequestError, match="no BOS token"):
         wants_bos(TemplateOptions(add_bos=True), TemplateDefaults(), chatml, by_itself=False)
 
 

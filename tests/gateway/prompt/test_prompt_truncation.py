@@ -1,8 +1,6 @@
 """Prompts that are too long: refused, or cut without touching the question."""
 
 import pytest
-from drystone.v1 import prompt_pb2 as prompts
-from drystone.v1 import sampling_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 from prompt_requests import (
@@ -18,13 +16,15 @@ from prompt_requests import (
 )
 from prompt_templates import MakePlanner
 
+from drystone.v1 import prompt_pb2 as prompts
+from drystone.v1 import sampling_pb2
 from gateway.prompt import PromptLimits, PromptTokenizer
-from shared.errors import DrystoneError, InvalidRequest, Reason
+from shared.errors import DrystoneError, InvalidRequestError, Reason
 
 
 def test_too_long_is_refused_with_limit_value_and_advice(chatml: PromptTokenizer, make_planner: MakePlanner):
     for attention in (BLOCK, FULL):
-        with pytest.raises(InvalidRequest, match=r"truncation\.side to LEFT or RIGHT") as raised:
+        with pytest.raises(InvalidRequestError, match=r"truncation\.side to LEFT or RIGHT") as raised:
             make_planner(chatml).plan(rag("Stone.", attention=attention, truncation=limited(9)), {})
         assert (raised.value.reason, raised.value.field) == (Reason.PROMPT_TOO_LONG, "rag")
         assert raised.value.metadata["limit"] == "9"
@@ -39,13 +39,13 @@ def test_the_narrowest_limit_counts(chatml: PromptTokenizer, make_planner: MakeP
         (100, None, "28", "truncation.max_prompt_tokens"),
     ):
         planner = make_planner(chatml, context_tokens=context, limits=PromptLimits(max_prompt_tokens=server))
-        with pytest.raises(InvalidRequest, match=because) as raised:
+        with pytest.raises(InvalidRequestError, match=because) as raised:
             planner.plan(request, {})
         assert raised.value.metadata["limit"] == limit
 
 
 def test_answer_that_fills_the_context_is_refused(chatml: PromptTokenizer, make_planner: MakePlanner):
-    with pytest.raises(InvalidRequest) as raised:
+    with pytest.raises(InvalidRequestError) as raised:
         make_planner(chatml, context_tokens=128).plan(rag("Stone."), {})
     assert raised.value.field == "sampling.max_new_tokens"
     assert (raised.value.metadata["limit"], raised.value.metadata["value"]) == ("127", "128")
@@ -65,7 +65,7 @@ def test_whole_passages_give_way(
 
 
 @given(texts=st.lists(WORDS, min_size=1, max_size=5), room=st.integers(1, 300), side=SIDES, full=st.booleans())
-def test_truncation_keeps_the_limit_and_the_question(  # noqa: PLR0917
+def test_truncation_keeps_the_limit_and_the_question(
     chatml: PromptTokenizer,
     make_planner: MakePlanner,
     texts: list[str],

@@ -3,11 +3,11 @@
 import math
 
 import pytest
+
 from drystone.v1 import generation_pb2 as pb
 from drystone.v1 import prompt_pb2, sampling_pb2
-
 from gateway.prompt import PromptLimits, block_keys_in, filled_sampling, validate
-from shared.errors import DrystoneError, InvalidRequest, Reason
+from shared.errors import DrystoneError, InvalidRequestError, Reason
 
 KEY = "0123456789abcdef" * 4
 LIMITS = PromptLimits(
@@ -162,7 +162,7 @@ GOOD = [
 
 @pytest.mark.parametrize(("request_", "reason", "field"), BAD_PROMPTS)
 def test_bad_prompt_names_its_field(request_: pb.GenerateRequest, reason: Reason, field: str):
-    with pytest.raises(InvalidRequest) as raised:
+    with pytest.raises(InvalidRequestError) as raised:
         validate(request_, LIMITS)
     assert (raised.value.reason, raised.value.field) == (reason, field)
     assert raised.value.message.startswith(f"{field}: ")
@@ -170,7 +170,7 @@ def test_bad_prompt_names_its_field(request_: pb.GenerateRequest, reason: Reason
 
 @pytest.mark.parametrize(("fields", "field"), BAD_SAMPLING)
 def test_bad_sampling_names_field_limit_and_value(fields: dict[str, object], field: str):
-    with pytest.raises(InvalidRequest) as raised:
+    with pytest.raises(InvalidRequestError) as raised:
         validate(sampled(**fields), LIMITS)
     assert (raised.value.reason, raised.value.field) == (Reason.INVALID_SAMPLING, field)
     assert fields == {"stop": ["a", ""]} or raised.value.metadata.keys() == {"field", "limit", "value"}
@@ -178,7 +178,7 @@ def test_bad_sampling_names_field_limit_and_value(fields: dict[str, object], fie
 
 @pytest.mark.parametrize(("request_", "field"), BAD_ENVELOPES)
 def test_bad_envelope_names_its_field(request_: pb.GenerateRequest, field: str):
-    with pytest.raises(InvalidRequest) as raised:
+    with pytest.raises(InvalidRequestError) as raised:
         validate(request_, LIMITS)
     assert (raised.value.reason, raised.value.field) == (Reason.INVALID_FIELD, field)
 
@@ -196,27 +196,27 @@ def test_good_request_passes(request_: pb.GenerateRequest):
 
 
 def test_too_many_stop_strings():
-    with pytest.raises(InvalidRequest) as raised:
+    with pytest.raises(InvalidRequestError) as raised:
         validate(sampled(stop=["s"] * 65), LIMITS)
     assert raised.value.reason == Reason.TOO_MANY_STOP_STRINGS
     assert raised.value.metadata == {"field": "sampling.stop", "limit": "64", "value": "65"}
 
 
 def test_ten_megabytes_meet_the_default_limit():
-    with pytest.raises(InvalidRequest) as raised:
+    with pytest.raises(InvalidRequestError) as raised:
         validate(rag(Document(text="x" * 10_000_000)), PromptLimits())
     assert raised.value.metadata == {"field": "rag.documents[0].text", "limit": "1048576", "value": "10000000"}
 
 
 def test_instructions_have_a_limit():
     prompt = prompt_pb2.RagPrompt(documents=[text], question="Why?", instructions="x" * 9)
-    with pytest.raises(InvalidRequest) as raised:
+    with pytest.raises(InvalidRequestError) as raised:
         validate(pb.GenerateRequest(rag=prompt), PromptLimits(max_instructions_bytes=8))
     assert (raised.value.reason, raised.value.field) == (Reason.DOCUMENT_TOO_LARGE, "rag.instructions")
 
 
 def test_utf8_error_says_where():
-    with pytest.raises(InvalidRequest, match="byte offset 2; value 0xff"):
+    with pytest.raises(InvalidRequestError, match="byte offset 2; value 0xff"):
         validate(rag(Document(utf8_text=b"ab\xffc")), LIMITS)
 
 

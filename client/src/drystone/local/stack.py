@@ -53,6 +53,10 @@ class InProcessStack:
             raise RuntimeError("the stack has not been started")
         return self.gateway_app.server.address
 
+    @property
+    def _workers(self) -> list[DecodeApp | PrefillApp]:
+        return [*self.decode_apps, *self.prefill_apps]
+
     async def __aenter__(self) -> Self:
         """Loads the model once for each worker and serves."""
         from decode_worker.app import DecodeApp
@@ -67,11 +71,13 @@ class InProcessStack:
         try:
             for index in range(self.decode):
                 settings = DecodeSettings(worker_id=f"decode-{index}", **decode)
-                self.decode_apps.append(await asyncio.to_thread(DecodeApp, settings, self.folder, self.name, self.trace))
+                self.decode_apps.append(
+                    await asyncio.to_thread(DecodeApp, settings, self.folder, self.name, self.trace)
+                )
             for index in range(self.prefill):
                 own = PrefillSettings(worker_id=f"prefill-{index}", **prefill)
                 self.prefill_apps.append(await asyncio.to_thread(PrefillApp, own, self.folder, self.name))
-            workers = [(await app.start())["grpc_address"] for app in (*self.decode_apps, *self.prefill_apps)]
+            workers = [(await app.start())["grpc_address"] for app in self._workers]
             gateway = GatewaySettings(
                 decode_workers=workers[: self.decode], prefill_workers=workers[self.decode :], **self.gateway_settings
             )
@@ -91,5 +97,5 @@ class InProcessStack:
     async def _stop(self) -> None:
         if self.gateway_app is not None:
             await self.gateway_app.stop(0.0)
-        for app in (*self.decode_apps, *self.prefill_apps):
+        for app in self._workers:
             await app.stop(0.0)
