@@ -61,7 +61,7 @@ class DecodeApp:
             max_waiting=settings.max_waiting,
             endpoint=self._endpoint,
         )
-        self._tasks: list[asyncio.Task[object]] = []
+        self.tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> dict[str, str]:
         """Binds, serves, and returns addresses."""
@@ -94,7 +94,7 @@ class DecodeApp:
         ]
         self.server = RpcServer(self._settings, register, services)
         self._worker.address = await self.server.start()
-        self._tasks = [asyncio.create_task(self.engine.run()), asyncio.create_task(self.receiver.run())]
+        self.tasks = [asyncio.create_task(self.engine.run()), asyncio.create_task(self.receiver.run())]
         await self.server.set_serving(serving=True)
         return {
             "role": "decode",
@@ -105,10 +105,10 @@ class DecodeApp:
 
     async def stop(self, grace_seconds: float) -> None:
         """Running requests may end within the grace; then everything is released."""
-        if self._tasks:
+        if self.tasks:
             self._worker.state = ProcessState.PROCESS_STATE_DRAINING
             await self.server.stop(grace_seconds)
-            for task in self._tasks:
+            for task in self.tasks:
                 await cancelled(task)
             self.receiver.close()
 

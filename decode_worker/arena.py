@@ -42,8 +42,8 @@ class Arena:
     def __init__(self, shape: KvShape, capacity_bytes: int, device: torch.device) -> None:
         self.shape = shape
         self.capacity_records = capacity_bytes // shape.record_bytes
-        # Zeroed lazily by the kernel page by page: what is never used costs nothing.
-        self.records = torch.zeros(
+        # Not zeroed: pages that are never written cost nothing, and nothing reads a record before it is written.
+        self.records = torch.empty(
             self.capacity_records, shape.record_elements, dtype=getattr(torch, shape.dtype), device=device
         )
         # Free runs, sorted by start, never empty, never adjacent.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Container
 from dataclasses import dataclass
 
 from decode_worker.arena import Arena, Extent
@@ -124,10 +125,10 @@ class BlockTable:
         """Pins in all."""
         return sum(block.pins for block in self._every())
 
-    @property
-    def evictable_records(self) -> int:
-        """Records that eviction could free now."""
-        return sum(block.extent.records for block in self._blocks.values() if not block.pins and not block.held)
+    def evictable_records(self, beside: Container[bytes] = ()) -> int:
+        """Records that eviction could free now, those of the blocks `beside` left out."""
+        idle = (block for block in self._blocks.values() if not block.pins and not block.held)
+        return sum(block.extent.records for block in idle if block.key not in beside)
 
     def extents(self) -> list[Extent]:
         """Every extent the table owns."""

@@ -7,6 +7,7 @@ no request running ⇒ no pins, no reservations, and free + resident = all.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from decode_worker.arena import Arena, Extent
 from decode_worker.blocks import BlockTable, Pin
@@ -48,11 +49,35 @@ class Pool:
         Returns:
             The fetches that this request drives; None when there is no room now, and then it holds nothing.
         """
+        blocks = {bytes(block.key): block for block in request.blocks}
+        if not self._has_bytes_for(request, blocks):
+            return None
+        driven = self._reserve(request, blocks)
+        if driven is None:
+            # Bytes suffice but no run does: only blocks in use may lie between the free runs of the second try.
+            while self.blocks.evict_one():
+                pass
+            driven = self._reserve(request, blocks)
+        return driven
+
+    def _has_bytes_for(self, request: Request, blocks: Mapping[bytes, BlockRef]) -> bool:
+        """False when eviction could not make room: nothing is evicted in vain then."""
+        missing = [ref for key, ref in blocks.items() if key not in self.blocks and self.fetches.get(key) is None]
+        tokens = sum(len(ref.token_ids) for ref in missing) + segments_for(request.tail_tokens) * SEGMENT_TOKENS
+        room = self.arena.free_records + self.blocks.evictable_records(beside=blocks)
+        return self.arena.shape.extent_records(tokens) <= room
+
+    def _reserve(self, request: Request, blocks: Mapping[bytes, BlockRef]) -> list[Fetch] | None:
+        # What is there is pinned first, so that room for the rest is never made at its cost.
+        missing = [ref for key, ref in blocks.items() if not self._hold(request, key, ref)]
         driven: list[Fetch] = []
-        for block in {bytes(block.key): block for block in request.blocks}.values():
-            if not self._take(request, block, driven):
+        for ref in missing:
+            extent = self._allocate(len(ref.token_ids))
+            if extent is None:
                 self._undo(request, driven)
                 return None
+            driven.append(self.fetches.open(bytes(ref.key), ref.token_ids, extent, store=ref.store))
+            self._wait(request, driven[-1])
         tail = Tail.reserve(self.arena, request.question_start, request.tail_tokens)
         while tail is None and self.blocks.evict_one():
             tail = Tail.reserve(self.arena, request.question_start, request.tail_tokens)
@@ -62,24 +87,25 @@ class Pool:
         request.tail = tail
         return driven
 
-    def _take(self, request: Request, block: BlockRef, driven: list[Fetch]) -> bool:
-        key = bytes(block.key)
+    def _hold(self, request: Request, key: bytes, ref: BlockRef) -> bool:
+        """Pins a resident block or joins its fetch; False when it is neither here nor on its way."""
         pin = self.blocks.pin(key)
         if pin is not None:
+            pin.block.transient &= not ref.store
             request.pins.append(pin)
             request.arrivals[key] = Arrival(key=key, source=BlockSource.BLOCK_SOURCE_RESIDENT)
             return True
         fetch = self.fetches.get(key)
         if fetch is None:
-            extent = self._allocate(len(block.token_ids))
-            if extent is None:
-                return False
-            fetch = self.fetches.open(key, block.token_ids, extent, store=block.store)
-            driven.append(fetch)
+            return False
+        fetch.store |= ref.store
+        self._wait(request, fetch)
+        return True
+
+    def _wait(self, request: Request, fetch: Fetch) -> None:
         fetch.waiters.append(request)
         request.fetches.add(fetch)
-        request.arrivals[key] = Arrival(key=key, source=BlockSource.BLOCK_SOURCE_SHARED_FETCH)
-        return True
+        request.arrivals[fetch.key] = Arrival(key=fetch.key, source=BlockSource.BLOCK_SOURCE_SHARED_FETCH)
 
     def _allocate(self, tokens: int) -> Extent | None:
         extent = self.arena.allocate(tokens)

@@ -13,8 +13,8 @@ from decode_worker.scheduler import StepEntry
 from decode_worker.step import StepContext
 from shared.engine.served_model import ServedModel
 
-# Called with each request's logits, float32 [rows, vocab], and the global position of the first row.
-LogitTrace = Callable[[str, torch.Tensor, int], None]
+# Called with a request, its logits float32 [rows, vocab], and the global position of the first row.
+LogitTrace = Callable[[Request, torch.Tensor, int], None]
 
 
 class Runner:
@@ -53,7 +53,7 @@ class Runner:
         start = 0
         for entry in entries:
             end = start + len(entry.span.token_ids)
-            self._trace(entry.request.request_id, logits[start:end].clone(), entry.span.position)
+            self._trace(entry.request, logits[start:end].clone(), entry.span.position)
             start = end
 
 

@@ -66,7 +66,7 @@ class DecodeService(DecodeServicer):
             sampling=sampling,
             stop_ids=stop_ids if sampling.ignore_eos else stop_ids | self._model.eos_token_ids,
             deadline=time.monotonic() + timeout,
-            sink=session.outbox.put_nowait,
+            sink=session.send,
             text=TextStream(self._tokenizer, message.question_token_ids, sampling.stop),
         )
         if request.prompt_tokens + sampling.max_new_tokens > self._model.context_tokens:
@@ -111,39 +111,63 @@ class DecodeService(DecodeServicer):
 
 
 class _Session:
-    """One stream: its calls and the messages waiting to go out. `None` in the outbox ends it."""
+    """One stream: its calls and the messages waiting to go out.
+
+    `None` in the outbox ends the stream: put there when the gateway says no more and the last call has ended.
+    """
 
     def __init__(self, service: DecodeService, engine: Engine) -> None:
         self._service = service
         self._engine = engine
         self._calls: dict[int, Request] = {}
+        self._unended = 0
+        self._half_closed = False
         self.outbox: asyncio.Queue[pb.GenerateResponse | None] = asyncio.Queue()
 
     async def read(self, incoming: AsyncIterator[pb.GenerateRequest]) -> None:
-        """Takes the gateway's messages until it half-closes; then waits for the calls to end."""
-        async for message in incoming:
-            kind = message.WhichOneof("message")
-            if kind == "open":
-                self._open(message.call_id, message.open)
-                continue
-            request = self._calls.get(message.call_id)
-            if request is None or request.finished:
-                continue  # it ended while the message was on its way
-            if kind == "encode_here":
-                self._engine.encode_here(request, message.encode_here.reservations)
-            elif kind == "fetch_failed":
-                self._engine.fetch_failed(request, message.fetch_failed.reservations)
-            elif kind == "cancel":
-                self._engine.cancel(request)
-        self.outbox.put_nowait(None)
+        """Takes the gateway's messages until it half-closes."""
+        try:
+            async for message in incoming:
+                self._take(message)
+        finally:
+            self._half_closed = True
+            self._end_when_done()
+
+    def send(self, message: pb.GenerateResponse) -> None:
+        """Queues a message for the gateway; never blocks."""
+        self.outbox.put_nowait(message)
+        if message.WhichOneof("message") in ("ended", "failed"):
+            self._unended -= 1
+            self._end_when_done()
+
+    def _take(self, message: pb.GenerateRequest) -> None:
+        kind = message.WhichOneof("message")
+        if kind == "open":
+            self._open(message.call_id, message.open)
+            return
+        request = self._calls.get(message.call_id)
+        if request is None or request.finished:
+            return  # it ended while the message was on its way
+        if kind == "encode_here":
+            self._engine.encode_here(request, message.encode_here.reservations)
+        elif kind == "fetch_failed":
+            self._engine.fetch_failed(request, message.fetch_failed.reservations)
+        elif kind == "cancel":
+            self._engine.cancel(request)
+            self._unended -= 1
+
+    def _end_when_done(self) -> None:
+        if self._half_closed and not self._unended:
+            self.outbox.put_nowait(None)
 
     def _open(self, call_id: int, message: pb.Open) -> None:
+        self._unended += 1
         try:
             request = self._service.open(call_id, message, self)
             self._calls[call_id] = request
             self._engine.submit(request)
         except DrystoneError as error:
-            self.outbox.put_nowait(messages.failed_call(call_id, error))
+            self.send(messages.failed_call(call_id, error))
 
     def close(self) -> None:
         """Cancels every call of the stream."""

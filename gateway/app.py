@@ -43,7 +43,7 @@ class GatewayApp:
             special_tokens_in_documents=settings.special_tokens_in_documents,
         )
         self._defaults.check(self._tokenizer)
-        self._tasks: list[asyncio.Task[object]] = []
+        self.tasks: list[asyncio.Task[None]] = []
         self._log = logs.get("gateway")
 
     async def start(self) -> dict[str, str]:
@@ -81,7 +81,7 @@ class GatewayApp:
         self.server = RpcServer(settings, register, services)
         await self.cluster.look()
         self._operations.address = await self.server.start()
-        self._tasks = [asyncio.create_task(self.cluster.run()), asyncio.create_task(self._tell_readiness())]
+        self.tasks = [asyncio.create_task(self.cluster.run()), asyncio.create_task(self._tell_readiness())]
         return {"role": "gateway", "worker_id": "gateway", "grpc_address": self.server.address}
 
     async def _tell_readiness(self) -> None:
@@ -96,9 +96,9 @@ class GatewayApp:
 
     async def stop(self, grace_seconds: float) -> None:
         """Running requests may end within the grace; then everything is released."""
-        if self._tasks:
+        if self.tasks:
             self._operations.state = operations_pb2.ProcessState.PROCESS_STATE_DRAINING
-            for task in self._tasks:
+            for task in self.tasks:
                 await cancelled(task)
             await self.server.stop(grace_seconds)
             await self.cluster.close()

@@ -162,12 +162,18 @@ class Cluster:
         elif status.state != ProcessState.PROCESS_STATE_READY:
             worker.detail = ProcessState.Name(status.state).removeprefix("PROCESS_STATE_").lower()
         else:
-            worker.detail = self._differs(info)
+            worker.detail = self._differs(worker, info)
 
-    def _differs(self, info: worker_pb2.GetInfoResponse) -> str:
-        """The first worker seen sets what all must be; says in which field another differs, or nothing."""
-        if self.compatibility is None:
+    def _differs(self, worker: Worker, info: worker_pb2.GetInfoResponse) -> str:
+        """Says in which field a worker differs from those in use, or nothing.
+
+        Decode workers set what all must be: the first one, and again when none of those in use is left.
+        """
+        others = any(other is not worker for other in self.decode_workers)
+        if worker.role == ProcessRole.PROCESS_ROLE_DECODE and not others:
             self.compatibility = info.compatibility
+        if self.compatibility is None:
+            return "no decode worker to compare with yet"
         for field_ in Compatibility.DESCRIPTOR.fields:
             if getattr(info.compatibility, field_.name) != getattr(self.compatibility, field_.name):
                 return f"differs from the other workers in {field_.name}"

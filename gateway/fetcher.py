@@ -18,9 +18,6 @@ from shared.internal.v1.decode_pb2 import EncodeHere, GenerateRequest, Missing
 from shared.internal.v1.prefill_pb2 import BlockDone, EncodeBlocksRequest, EncodeJob
 from shared.rpc.errors import from_rpc_error
 
-# The receiver says so when another drive, or another worker's bytes, made this one needless.
-_OVERTAKEN = frozenset({"UNKNOWN_RESERVATION", "STALE_EPOCH", "REPEATED"})
-
 
 @dataclass(slots=True, eq=False)
 class FetchRecord:
@@ -120,8 +117,8 @@ class Fetcher:
                     key = bytes(failure.key if failure is not None else response.done.key)
                     if failure is not None:
                         self._note(key, worker, f"{failure.reason}: {failure.message}")
-                        if any(name in failure.message for name in _OVERTAKEN):
-                            left.pop(key, None)
+                        if failure.reason == Reason.RESERVATION_ENDED:
+                            left.pop(key, None)  # another drive, or another worker's bytes, made this one needless
                         continue
                     left.pop(key, None)
                     self.records[key].done, self.records[key].worker_id = response.done, worker.worker_id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
 import grpc
@@ -56,7 +56,7 @@ class FetchPolicy:
     timeout_seconds: float
 
 
-async def relay(ticket: Ticket, cluster: Cluster, policy: FetchPolicy) -> AsyncIterator[v1.GenerateResponse]:
+async def relay(ticket: Ticket, cluster: Cluster, policy: FetchPolicy) -> AsyncGenerator[v1.GenerateResponse]:
     """Runs a planned request and yields its events after Started; leaving it cancels everything under way."""
     worker, routing = _choose(ticket, cluster)
     account = Account(ticket, routing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -81,8 +82,10 @@ class GenerationService(GenerationServicer):
             with logs.request_scope(request_id, traceparent):
                 ticket = await self._ticket(request, request_id, traceparent, arrived, context.time_remaining())
                 yield self._started(ticket)
-                async for event in relay(ticket, self._cluster, self._policy):
-                    yield event
+                # Closed here and not by the garbage collector: leaving must cancel at once.
+                async with contextlib.aclosing(relay(ticket, self._cluster, self._policy)) as events:
+                    async for event in events:
+                        yield event
                 self._log.info("completed", seconds=round(time.monotonic() - arrived, 3))
         except DrystoneError as error:
             self.failed += 1
@@ -114,7 +117,8 @@ class GenerationService(GenerationServicer):
             for block in plan.blocks
         )
         seed = request.sampling.seed if request.sampling.HasField("seed") else secrets.randbits(_SEED_BITS)
-        timeout = min(left or self._default_timeout, request.timeout_ms / 1e3 or self._default_timeout)
+        asked = [seconds for seconds in (left, request.timeout_ms / 1e3) if seconds]
+        timeout = min(asked, default=self._default_timeout)
         return Ticket(
             request_id=request_id,
             traceparent=traceparent,

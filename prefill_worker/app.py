@@ -47,7 +47,7 @@ class PrefillApp:
         )
         self.identity = WorkerIdentity(worker_id=settings.worker_id, incarnation=secrets.randbits(63) | 1)
         self.store = RamStore(settings.store_bytes)
-        self._encoding: asyncio.Task[object] | None = None
+        self.tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> dict[str, str]:
         """Serves; returns addresses."""
@@ -74,16 +74,17 @@ class PrefillApp:
         ]
         self.server = RpcServer(settings, register, services)
         self._worker.address = await self.server.start()
-        self._encoding = asyncio.create_task(self.encoder.run())
+        self.tasks = [asyncio.create_task(self.encoder.run())]
         await self.server.set_serving(serving=True)
         return {"role": "prefill", "worker_id": self.identity.worker_id, "grpc_address": self.server.address}
 
     async def stop(self, grace_seconds: float) -> None:
         """Running jobs may end within the grace; then everything is released."""
-        if self._encoding is not None:
+        if self.tasks:
             self._worker.state = ProcessState.PROCESS_STATE_DRAINING
             await self.server.stop(grace_seconds)
-            await cancelled(self._encoding)
+            for task in self.tasks:
+                await cancelled(task)
             await self.shipper.close()
 
     def figures(self) -> Mapping[str, float]:

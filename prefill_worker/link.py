@@ -39,6 +39,13 @@ from shared.transfer.envelope import MalformedFrameError, seal, unseal
 
 HELLO_SECONDS = 5.0
 _MAX_RESENDS = 8
+_ENDED = frozenset(
+    {
+        RefusalReason.REFUSAL_REASON_UNKNOWN_RESERVATION,
+        RefusalReason.REFUSAL_REASON_STALE_EPOCH,
+        RefusalReason.REFUSAL_REASON_REPEATED,
+    }
+)
 _RESENDABLE = frozenset({RefusalReason.REFUSAL_REASON_CHECKSUM, RefusalReason.REFUSAL_REASON_SHAPE})
 
 
@@ -78,7 +85,7 @@ class Link:
         self._transfers: dict[int, _Transfer] = {}
         self._credit = 0
         self._credit_changed = asyncio.Condition()
-        self._reader: asyncio.Task[object] | None = None
+        self._reader: asyncio.Task[None] | None = None
         self._log = logs.get("link")
 
     async def hello(self, sender: WorkerIdentity, receiver: WorkerIdentity, compatibility: Compatibility) -> None:
@@ -228,6 +235,5 @@ class Link:
 
 def _refused(reason: RefusalReason.ValueType, message: str) -> DrystoneError:
     name = RefusalReason.Name(reason).removeprefix("REFUSAL_REASON_")
-    return DrystoneError(
-        Reason.TRANSFER_FAILED, f"the decode worker refused a block: {name}: {message}", metadata={"refusal": name}
-    )
+    kind = Reason.RESERVATION_ENDED if reason in _ENDED else Reason.TRANSFER_FAILED
+    return DrystoneError(kind, f"the decode worker refused a block: {name}: {message}", metadata={"refusal": name})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,8 @@ def serve(
         make_app: Makes the app of a folder and a name; loads what it needs.
         bound: Fields of every log line (role, worker_id).
     """
+    # gRPC's own lines are not JSON; what matters of them reaches us as statuses.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     logs.configure(settings.log_level, settings.log_format, **bound)
     log = logs.get("start")
     try:

@@ -18,7 +18,13 @@ _PARENT_POLL_SECONDS = 1.0
 
 
 class App(Protocol):
-    """A process's work, started once and stopped once."""
+    """A process's work, started once and stopped once.
+
+    Attributes:
+        tasks: Tasks that never end by themselves; when one does, the process is broken and exits.
+    """
+
+    tasks: list[asyncio.Task[None]]
 
     async def start(self) -> dict[str, str]:
         """Serves; returns addresses for the ready file."""
@@ -30,7 +36,7 @@ class App(Protocol):
 
 
 async def run_app(app: App, settings: ProcessSettings) -> None:
-    """Runs `app` until SIGTERM, SIGINT or the parent's death."""
+    """Runs `app` until SIGTERM, SIGINT or the parent's death; exits with 1 when one of its tasks breaks."""
     log = logs.get("runtime")
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -41,7 +47,11 @@ async def run_app(app: App, settings: ProcessSettings) -> None:
         addresses = await app.start()
         write_ready_file(settings.ready_file, addresses)
         log.info("serving", **addresses)
-        await stop.wait()
+        stopping = asyncio.create_task(stop.wait())
+        ended, _ = await asyncio.wait([stopping, *app.tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in ended - {stopping}:
+            log.critical("broken", task=task.get_name(), exc_info=task.exception())
+            raise SystemExit(1)
         log.info("stopping", grace_seconds=settings.drain_seconds)
     finally:
         watch.cancel()
@@ -73,7 +83,7 @@ def host_name() -> str:
     return socket.gethostname()
 
 
-async def cancelled(task: asyncio.Task[object]) -> None:
+async def cancelled(task: asyncio.Task[None]) -> None:
     """Cancels a task and waits until it has ended; its own errors have been logged by itself."""
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):

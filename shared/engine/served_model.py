@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from shared.engine import seam
 from shared.engine.probe import ModelGeometry, ProbeError, probe
@@ -101,6 +102,7 @@ def load(folder: Path, *, name: str, dtype: str, device: str = "cpu", context_to
     context = context_tokens or limit
     if context > limit:
         raise ValueError(f"context_tokens: {context} is more than the model's {limit}")
+    transformers_logging.disable_progress_bar()  # workers log; they have no terminal
     module = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, chosen), attn_implementation=seam.NAME, use_safetensors=True
     )

@@ -145,5 +145,6 @@ class _GrowingSample:
             token_ids=tuple(self.token_ids),
             finish_reason=self.finished.finish_reason if self.finished else FinishReason.UNSPECIFIED,
             matched_stop=self.finished.matched_stop if self.finished else "",
+            matched_stop_token_id=self.finished.matched_stop_token_id if self.finished else None,
             logprobs=tuple(self.logprobs),
         )

@@ -127,6 +127,7 @@ class Sample:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     matched_stop: str = ""
+    matched_stop_token_id: int | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
 
 

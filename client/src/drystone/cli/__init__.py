@@ -1,11 +1,12 @@
 """The `drystone` command. One file for each of its commands."""
 
+import os
 from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
-from drystone.cli import ask, check, serve, status
+from drystone.cli import ask, check, demo, serve, status
 
 
 def build_app() -> typer.Typer:
@@ -23,11 +24,14 @@ def build_app() -> typer.Typer:
     app.command("status")(status.status)
     app.command("serve")(serve.serve)
     app.command("check")(check.check)
+    app.command("demo")(demo.demo)
     return app
 
 
 def main() -> None:
     """Entry point of the `drystone` command."""
+    # gRPC's own notes (a server said goodbye) are not the command's output.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     build_app()()
 
 

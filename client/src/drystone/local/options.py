@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,4 +66,4 @@ class GateOptions:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     max_new_tokens: int = 64
     json: bool = False
-    attention: tuple[str, ...] = ("block",)
+    attention: tuple[Literal["block", "full"], ...] = ("block",)

@@ -1,0 +1,83 @@
+# Everything a developer runs. `make` alone lists it. Needs GNU make, a POSIX shell, and Python 3.11 or newer with venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+# torch goes in first and alone: left to the resolver, a plain `torch` may bring gigabytes of CUDA libraries.
+TORCH ?= torch==2.13.0
+# Commit that the protos must stay compatible with.
+BASE ?= HEAD~1
+# More arguments for `serve`, `demo` and `check`, and for pytest.
+ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.drystone-installed
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help env protos protos-check docs lint test demo serve check proof clean
+
+help: ## List the targets
+	@echo 'make TARGET [PYTHON=python3] [VENV=.venv] [ARGS=...] [PYTEST_ARGS=...]'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
+		while IFS='|' read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
+
+env: $(STAMP) ## Create the virtual environment with everything, once
+
+$(STAMP): pyproject.toml client/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'env: $(PYTHON) is older than Python 3.11; choose another: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@test -x $(BIN)/python || { echo 'env: creating $(VENV)'; $(PYTHON) -m venv $(VENV); }
+	@echo 'env: installing $(TORCH) (about 200 MB)'
+	@$(PIP) install '$(TORCH)'
+	@echo 'env: installing drystone, its client and the development tools'
+	@$(PIP) install -e client -e '.[dev]'
+	@touch $@
+
+protos: env ## Make the Python stubs from the protos
+	@$(BIN)/python protos/generate.py
+
+protos-check: env ## Check stubs, comments and compatibility of the protos
+	@echo 'protos-check: stubs, comments, compatibility with $(BASE)'
+	@$(BIN)/python protos/generate.py --check
+	@$(BIN)/buf lint protos
+	@if ! git rev-parse --git-dir >/dev/null 2>&1; then \
+		echo 'protos-check: compatibility not checked: this is no git checkout'; \
+	elif ! git rev-parse --quiet --verify '$(BASE)^{commit}' >/dev/null; then \
+		echo 'protos-check: compatibility not checked: no $(BASE) here (a first commit or a shallow clone)'; \
+	elif ! git cat-file -e '$(BASE):protos/buf.yaml' 2>/dev/null; then \
+		echo 'protos-check: compatibility not checked: $(BASE) has no protos'; \
+	else \
+		old=$$(mktemp -d) && trap 'rm -rf "$$old"' EXIT && \
+		git archive --format=tar '$(BASE)' protos | tar -xf - -C "$$old" && \
+		$(BIN)/buf breaking protos --against "$$old/protos"; \
+	fi
+
+docs: env ## Write the tables of docs/errors.md, docs/status.md and docs/settings.md
+	@$(BIN)/python docs/tables.py
+
+lint: env ## Run ruff and mypy
+	@echo 'lint: ruff, mypy'
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/mypy
+
+test: env protos-check lint ## Run every check, the tests last
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: env ## Start everything here, ask three questions, show what is reused
+	@$(BIN)/drystone demo $(ARGS)
+
+serve: env ## Run a gateway with a prefill and a decode worker until Ctrl-C
+	@$(BIN)/drystone serve $(ARGS)
+
+check: env ## Compare served answers with the reference
+	@$(BIN)/drystone check $(ARGS)
+
+proof: env ## Long proofs: 50 prompts, block and full attention, float32 and bfloat16
+	@$(BIN)/drystone check --prompts 50 --full $(ARGS)
+
+clean: ## Remove the virtual environment, caches and build outputs
+	@rm -rf $(VENV) build dist client/build client/dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,238 @@
+"""Admission takes everything or nothing; fetches have waiters and epochs; nothing stays behind."""
+
+from __future__ import annotations
+
+import pytest
+
+from decode_worker.fetch import Fetch
+from decode_worker.pool import Pool
+from decode_worker.request import Request
+from decode_worker.tail import SEGMENT_TOKENS
+from drystone.v1.statistics_pb2 import BlockSource
+from shared.errors import DrystoneError, Reason
+from shared.internal.v1.transfer_pb2 import RefusalReason
+from tests.support.decode_parts import (
+    SHAPE,
+    assert_all_free_after_eviction,
+    assert_idle,
+    block,
+    make_pool,
+    make_request,
+)
+
+
+def finish(pool: Pool, request: Request) -> list[Fetch]:
+    orphaned = pool.leave(request)
+    request.release()
+    return orphaned
+
+
+def admitted(pool: Pool, *names: int, tokens: int = 8) -> tuple[Request, list[Fetch]]:
+    request = make_request([block(name, tokens) for name in names])
+    driven = pool.admit(request)
+    assert driven is not None
+    return request, driven
+
+
+def resident(pool: Pool, *names: int, tokens: int = 8) -> None:
+    request, driven = admitted(pool, *names, tokens=tokens)
+    for fetch in driven:
+        pool.commit(fetch)
+    finish(pool, request)
+    assert_idle(pool)
+
+
+def test_a_cold_request_drives_its_fetches_and_starts_when_all_are_in() -> None:
+    pool = make_pool(200)
+    request, driven = admitted(pool, 1, 2)
+    assert [fetch.key[0] for fetch in driven] == [1, 2]
+    assert request.pins == []
+    assert pool.commit(driven[0]) == []
+    assert pool.commit(driven[1]) == [request]
+    assert {pin.block.key[0] for pin in request.pins} == {1, 2}
+    pool.place(request)
+    assert [(p.key[0], p.offset, p.kv.shape[1]) for p in request.placements] == [(1, 0, 8), (2, 8, 8)]
+    pool.check_integrity([request])
+    finish(pool, request)
+    assert_idle(pool)
+    assert len(pool.blocks) == 2
+    assert_all_free_after_eviction(pool)
+
+
+def test_a_warm_request_drives_nothing() -> None:
+    pool = make_pool(200)
+    resident(pool, 1, 2)
+    request, driven = admitted(pool, 2, 1)
+    assert driven == []
+    sources = {arrival.source for arrival in request.arrivals.values()}
+    assert sources == {BlockSource.BLOCK_SOURCE_RESIDENT}
+    finish(pool, request)
+    assert_idle(pool)
+
+
+def test_a_repeated_block_is_held_once_and_placed_twice() -> None:
+    pool = make_pool(200)
+    request, driven = admitted(pool, 1, 2, 1)
+    assert len(driven) == 2
+    for fetch in driven:
+        pool.commit(fetch)
+    assert len(request.pins) == 2
+    pool.place(request)
+    assert [(p.key[0], p.offset) for p in request.placements] == [(1, 0), (2, 8), (1, 16)]
+    assert request.placements[0].kv.data_ptr() == request.placements[2].kv.data_ptr()
+    finish(pool, request)
+    assert_idle(pool)
+
+
+def test_the_second_request_joins_the_fetch() -> None:
+    pool = make_pool(300)
+    first, driven = admitted(pool, 1)
+    second, none = admitted(pool, 1)
+    assert none == []
+    assert driven[0].waiters == [first, second]
+    assert pool.commit(driven[0]) == [first, second]
+    assert pool.blocks.pins == 2
+    pool.check_integrity([first, second])
+    finish(pool, first)
+    finish(pool, second)
+    assert_idle(pool)
+
+
+def test_no_room_holds_nothing() -> None:
+    pool = make_pool(SEGMENT_TOKENS + 20)
+    running, driven = admitted(pool, 1, tokens=16)
+    before = pool.arena.free_records
+    joined = make_request([block(1, 16), block(2, 8)])
+    assert pool.admit(joined) is None
+    assert driven[0].waiters == [running]
+    assert (joined.pins, joined.fetches, joined.arrivals, joined.tail) == ([], set(), {}, None)
+    assert pool.arena.free_records == before
+    assert len(pool.fetches) == 1
+    pool.check_integrity([running])
+    finish(pool, running)
+    assert_idle(pool)
+    assert pool.admit(joined) is not None
+    finish(pool, joined)
+    assert_idle(pool)
+
+
+def test_a_request_without_room_evicts_nothing() -> None:
+    pool = make_pool(2 * SEGMENT_TOKENS + 16)
+    resident(pool, 1, 2)
+    running, _ = admitted(pool, 1)
+    waiting = make_request([block(2, 8), block(3, 80)])
+    assert pool.admit(waiting) is None
+    assert pool.blocks.evictions == 0
+    assert len(pool.blocks) == 2
+    finish(pool, running)
+    assert_idle(pool)
+
+
+def test_a_request_never_evicts_its_own_blocks() -> None:
+    pool = make_pool(SEGMENT_TOKENS + 24)
+    resident(pool, 1, 2, 3)
+    # Block 1 is the least recently used, and the last that this request names.
+    request, driven = admitted(pool, 4, 2, 1)
+    assert [fetch.key[0] for fetch in driven] == [4]
+    assert bytes([3]) * 32 not in pool.blocks
+    finish(pool, request)
+    assert_idle(pool)
+
+
+def test_idle_blocks_make_room() -> None:
+    pool = make_pool(SEGMENT_TOKENS + 24)
+    resident(pool, 1, 2, 3)
+    request, driven = admitted(pool, 4, tokens=20)
+    assert len(driven) == 1
+    assert pool.blocks.evictions == 3
+    finish(pool, request)
+    assert_idle(pool)
+
+
+def test_what_never_fits_is_refused_with_both_numbers() -> None:
+    pool = make_pool(SEGMENT_TOKENS + 16)
+    pool.refuse_if_never(make_request([block(1, 16), block(1, 16)]))
+    with pytest.raises(DrystoneError) as caught:
+        pool.refuse_if_never(make_request([block(1, 16), block(2, 1)]))
+    assert caught.value.reason is Reason.REQUEST_TOO_LARGE_FOR_POOL
+    assert caught.value.metadata == {
+        "needed_bytes": str(SHAPE.extent_bytes(SEGMENT_TOKENS + 17)),
+        "capacity_bytes": str(SHAPE.extent_bytes(SEGMENT_TOKENS + 16)),
+    }
+    with pytest.raises(DrystoneError, match="raise --pool-bytes"):
+        pool.refuse_if_never(make_request([], max_new_tokens=SEGMENT_TOKENS + 16))
+
+
+def test_the_next_waiter_inherits_the_fetch_with_a_new_epoch() -> None:
+    pool = make_pool(400)
+    driver, [fetch] = admitted(pool, 1)
+    waiter, _ = admitted(pool, 1)
+    stale = pool.fetches.reservation(fetch)
+    fetch.birth_id, fetch.taken, fetch.received_bytes = b"b" * 16, {0}, 10
+    assert finish(pool, driver) == [fetch]
+    fetch.restart()
+    assert (fetch.waiters, fetch.birth_id, fetch.taken, fetch.received_bytes) == ([waiter], b"", set(), 0)
+    assert pool.fetches.find(stale) == RefusalReason.REFUSAL_REASON_STALE_EPOCH
+    assert pool.fetches.find(pool.fetches.reservation(fetch)) is fetch
+    assert finish(pool, waiter) == []
+    assert_idle(pool)
+    assert pool.fetches.find(stale) == RefusalReason.REFUSAL_REASON_UNKNOWN_RESERVATION
+
+
+def test_a_waiter_that_does_not_drive_leaves_quietly() -> None:
+    pool = make_pool(400)
+    driver, [fetch] = admitted(pool, 1)
+    waiter, _ = admitted(pool, 1)
+    assert finish(pool, waiter) == []
+    assert (fetch.waiters, fetch.epoch) == ([driver], 1)
+    finish(pool, driver)
+    assert_idle(pool)
+
+
+def test_an_extent_that_is_being_written_outlives_its_waiters() -> None:
+    pool = make_pool(200)
+    request, [fetch] = admitted(pool, 1)
+    fetch.encoding = True
+    assert finish(pool, request) == []
+    assert len(pool.fetches) == 1
+    pool.check_integrity([])
+    fetch.encoding = False
+    pool.encoded_for_nobody(fetch)
+    assert_idle(pool)
+
+
+def test_another_life_is_told_apart() -> None:
+    pool = make_pool(200)
+    request, [fetch] = admitted(pool, 1)
+    reservation = pool.fetches.reservation(fetch)
+    assert reservation.bytes == SHAPE.extent_bytes(8)
+    reservation.worker.incarnation += 1
+    assert pool.fetches.find(reservation) == RefusalReason.REFUSAL_REASON_STALE_INCARNATION
+    finish(pool, request)
+
+
+@pytest.mark.parametrize(("first", "second"), [(False, True), (True, False), (True, True)])
+def test_a_block_stays_when_any_of_its_users_stores_it(first: bool, second: bool) -> None:
+    pool = make_pool(400)
+    one, two = (make_request([block(1, 8, store=store)]) for store in (first, second))
+    driven = pool.admit(one)
+    assert driven is not None
+    pool.admit(two)
+    pool.commit(driven[0])
+    finish(pool, one)
+    finish(pool, two)
+    assert_idle(pool)
+    assert len(pool.blocks) == 1
+
+
+def test_storing_a_block_that_is_there_for_one_request_keeps_it() -> None:
+    pool = make_pool(400)
+    passing, keeping = (make_request([block(1, 8, store=store)]) for store in (False, True))
+    driven = pool.admit(passing)
+    assert driven is not None
+    pool.commit(driven[0])
+    assert pool.admit(keeping) == []
+    finish(pool, keeping)
+    finish(pool, passing)
+    assert len(pool.blocks) == 1
+    assert_all_free_after_eviction(pool)
