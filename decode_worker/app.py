@@ -25,6 +25,7 @@ from shared.internal.v1 import decode_pb2, worker_pb2
 from shared.internal.v1.common_pb2 import KvEndpoint, WorkerIdentity
 from shared.internal.v1.decode_pb2_grpc import add_DecodeServicer_to_server
 from shared.internal.v1.worker_pb2_grpc import add_WorkerServicer_to_server
+from shared.metrics import Metrics
 from shared.rpc.server import RpcServer
 from shared.rpc.worker_service import WorkerService
 from shared.runtime import cancelled, host_name
@@ -95,6 +96,8 @@ class DecodeApp:
         self.server = RpcServer(self._settings, register, services)
         self._worker.address = await self.server.start()
         self.tasks = [asyncio.create_task(self.engine.run()), asyncio.create_task(self.receiver.run())]
+        self._metrics = Metrics(self.figures)
+        self._metrics.serve(self._settings.host, self._settings.metrics_port)
         await self.server.set_serving(serving=True)
         return {
             "role": "decode",
@@ -110,6 +113,7 @@ class DecodeApp:
             await self.server.stop(grace_seconds)
             for task in self.tasks:
                 await cancelled(task)
+            self._metrics.close()
             self.receiver.close()
 
     def figures(self) -> Mapping[str, float]:

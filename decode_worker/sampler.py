@@ -13,6 +13,9 @@ import torch
 
 from drystone.v1.sampling_pb2 import SamplingParams
 
+# Below this temperature logits divided by it leave float32, and the largest takes everything anyway.
+GREEDY_BELOW = 1e-5
+
 
 def choose(logits: torch.Tensor, sampling: SamplingParams, *, position: int, sample_index: int = 0) -> int:
     """The next token.
@@ -24,7 +27,7 @@ def choose(logits: torch.Tensor, sampling: SamplingParams, *, position: int, sam
         sample_index: Index of the sample.
 
     Returns:
-        A token id. Greedy for temperature 0 or top_k 1; else temperature, then min_p, top_k and top_p
+        A token id. Greedy for a temperature below 1e-5 or top_k 1; else temperature, then min_p, top_k and top_p
         in vLLM's order, then the inverse of the cumulative distribution at one uniform draw.
     """
     if is_greedy(sampling):
@@ -36,9 +39,10 @@ def choose(logits: torch.Tensor, sampling: SamplingParams, *, position: int, sam
     if 0 < sampling.top_k < len(probabilities):
         keep[sampling.top_k :] = False
     if sampling.top_p < 1:
-        # The token that crosses top_p is kept, so at least one always is.
-        before = probabilities.cumsum(0) - probabilities
-        keep &= before < sampling.top_p
+        # Of what is left so far. The token that crosses top_p is kept, so at least one always is.
+        left = probabilities * keep
+        before = left.cumsum(0) - left
+        keep &= before < sampling.top_p * left.sum()
     kept = probabilities[keep].to(torch.float64)
     cumulative = kept.cumsum(0)
     draw = uniform(sampling.seed, sample_index, position) * float(cumulative[-1])
@@ -48,7 +52,7 @@ def choose(logits: torch.Tensor, sampling: SamplingParams, *, position: int, sam
 
 def is_greedy(sampling: SamplingParams) -> bool:
     """True when no draw is made."""
-    return sampling.temperature <= 0 or sampling.top_k == 1
+    return sampling.temperature < GREEDY_BELOW or sampling.top_k == 1
 
 
 def uniform(seed: int, sample_index: int, position: int) -> float:

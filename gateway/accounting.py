@@ -10,6 +10,7 @@ from drystone.v1.statistics_pb2 import BlockRole, BlockSource, BlockStats, Routi
 from gateway.fetcher import Fetcher
 from shared.internal.v1.common_pb2 import ShipSource
 from shared.internal.v1.decode_pb2 import Admitted, Arrival, Ended, SampleEnded
+from shared.metrics import Metrics
 
 if TYPE_CHECKING:
     from gateway.relay import Ticket
@@ -43,17 +44,25 @@ def planned_blocks(ticket: Ticket) -> list[BlockStats]:
 class Account:
     """Collects one request's figures as its events pass by."""
 
-    def __init__(self, ticket: Ticket, routing: RoutingStats) -> None:
+    def __init__(self, ticket: Ticket, routing: RoutingStats, metrics: Metrics) -> None:
         self._ticket = ticket
         self._routing = routing
+        self._metrics = metrics
         self._first_token = 0.0
+        self._last_token = 0.0
         self.admitted = Admitted()
         self.sample_ended = SampleEnded()
         self.ended = Ended()
 
     def token_sent(self) -> None:
         """A token leaves for the client."""
-        self._first_token = self._first_token or time.monotonic()
+        now = time.monotonic()
+        if self._first_token:
+            self._metrics.observe("inter_token_latency_seconds", now - self._last_token)
+        else:
+            self._first_token = now
+            self._metrics.observe("time_to_first_token_seconds", now - self._ticket.arrived)
+        self._last_token = now
 
     def completed(self, fetcher: Fetcher) -> v1.Completed:
         """The stream's last event."""

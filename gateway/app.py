@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 
 import grpc
@@ -17,6 +18,7 @@ from gateway.relay import FetchPolicy
 from gateway.service import GenerationService
 from gateway.settings import GatewaySettings
 from shared import logs
+from shared.metrics import Metrics
 from shared.rpc.server import RpcServer
 from shared.runtime import cancelled, host_name
 
@@ -50,9 +52,11 @@ class GatewayApp:
         """Serves; ready once a decode worker is. Returns addresses."""
         settings = self._settings
         self.cluster = Cluster(self._name, settings.decode_workers, settings.prefill_workers, settings.poll_seconds)
+        self._metrics = Metrics(self._figures)
         self.generation = GenerationService(
             self.cluster,
             self._tokenizer,
+            self._metrics,
             limits=PromptLimits(
                 max_documents=settings.max_documents,
                 max_blocks=settings.max_documents + 1,
@@ -81,6 +85,7 @@ class GatewayApp:
         self.server = RpcServer(settings, register, services)
         await self.cluster.look()
         self._operations.address = await self.server.start()
+        self._metrics.serve(settings.host, settings.metrics_port)
         self.tasks = [asyncio.create_task(self.cluster.run()), asyncio.create_task(self._tell_readiness())]
         return {"role": "gateway", "worker_id": "gateway", "grpc_address": self.server.address}
 
@@ -102,3 +107,7 @@ class GatewayApp:
                 await cancelled(task)
             await self.server.stop(grace_seconds)
             await self.cluster.close()
+            self._metrics.close()
+
+    def _figures(self) -> Mapping[str, float]:
+        return self.generation.figures()

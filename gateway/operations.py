@@ -40,11 +40,7 @@ class OperationsService(OperationsServicer):
             model=self._cluster.model_name,
             version=VERSION,
             uptime_seconds=time.monotonic() - self._started,
-            values=status_values(
-                requests_running=self._generation.running,
-                requests_total=self._generation.total,
-                requests_failed_total=self._generation.failed,
-            ),
+            values=status_values(**self._generation.figures()),
         )
         return v1.GetStatusResponse(processes=[own, *self._cluster.statuses()])
 

@@ -20,6 +20,7 @@ from gateway.routing import decode_choice
 from shared.errors import DrystoneError, Reason, deadline_exceeded
 from shared.internal.v1.common_pb2 import BlockRef
 from shared.internal.v1.decode_pb2 import Failed, GenerateRequest, GenerateResponse, Open
+from shared.metrics import Metrics
 from shared.rpc.errors import from_rpc_error
 
 _CALL_ID = 1
@@ -56,10 +57,12 @@ class FetchPolicy:
     timeout_seconds: float
 
 
-async def relay(ticket: Ticket, cluster: Cluster, policy: FetchPolicy) -> AsyncGenerator[v1.GenerateResponse]:
+async def relay(
+    ticket: Ticket, cluster: Cluster, policy: FetchPolicy, metrics: Metrics
+) -> AsyncGenerator[v1.GenerateResponse]:
     """Runs a planned request and yields its events after Started; leaving it cancels everything under way."""
     worker, routing = _choose(ticket, cluster)
-    account = Account(ticket, routing)
+    account = Account(ticket, routing, metrics)
     outbox: asyncio.Queue[GenerateRequest | None] = asyncio.Queue()
     outbox.put_nowait(GenerateRequest(call_id=_CALL_ID, open=_open(ticket, cluster, worker)))
     fetcher = Fetcher(
@@ -140,8 +143,9 @@ def _events(response: GenerateResponse, account: Account, fetcher: Fetcher) -> l
     elif kind == "missing":
         fetcher.drive(response.missing)
     elif kind == "tokens":
-        account.token_sent()
         tokens = response.tokens
+        if tokens.token_ids:
+            account.token_sent()
         delta = v1.Delta(
             sample_index=tokens.sample_index, text=tokens.text, token_ids=tokens.token_ids, logprobs=tokens.logprobs
         )

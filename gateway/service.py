@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import grpc
@@ -30,6 +30,7 @@ from gateway.relay import FetchPolicy, Ticket, relay
 from shared import logs
 from shared.errors import DrystoneError, Reason, not_in_this_version
 from shared.internal.v1.common_pb2 import BlockRef
+from shared.metrics import Metrics
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _SEED_BITS = 63
@@ -41,6 +42,7 @@ class GenerationService(GenerationServicer):
     Args:
         cluster: The workers.
         tokenizer: Of the served model.
+        metrics: Observes latencies.
         limits: Upper bounds of a request.
         defaults: Template defaults.
         policy: How hard fetches are tried.
@@ -52,6 +54,7 @@ class GenerationService(GenerationServicer):
         self,
         cluster: Cluster,
         tokenizer: PromptTokenizer,
+        metrics: Metrics,
         *,
         limits: PromptLimits,
         defaults: TemplateDefaults,
@@ -61,6 +64,7 @@ class GenerationService(GenerationServicer):
     ) -> None:
         self._cluster = cluster
         self._tokenizer = tokenizer
+        self._metrics = metrics
         self._limits = limits
         self._defaults = defaults
         self._policy = policy
@@ -83,16 +87,26 @@ class GenerationService(GenerationServicer):
                 ticket = await self._ticket(request, request_id, traceparent, arrived, context.time_remaining())
                 yield self._started(ticket)
                 # Closed here and not by the garbage collector: leaving must cancel at once.
-                async with contextlib.aclosing(relay(ticket, self._cluster, self._policy)) as events:
+                async with contextlib.aclosing(relay(ticket, self._cluster, self._policy, self._metrics)) as events:
                     async for event in events:
                         yield event
-                self._log.info("completed", seconds=round(time.monotonic() - arrived, 3))
+                seconds = time.monotonic() - arrived
+                self._metrics.observe("e2e_request_latency_seconds", seconds)
+                self._log.info("completed", seconds=round(seconds, 3))
         except DrystoneError as error:
             self.failed += 1
             self._log.info("failed", request_id=request_id, reason=error.reason, detail=error.message)
             raise
         finally:
             self.running -= 1
+
+    def figures(self) -> Mapping[str, float]:
+        """Figures for the status registry."""
+        return {
+            "requests_running": self.running,
+            "requests_total": self.total,
+            "requests_failed_total": self.failed,
+        }
 
     def _admit(self) -> None:
         if self.running >= self._max_requests:

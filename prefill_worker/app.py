@@ -21,6 +21,7 @@ from shared.internal.v1 import prefill_pb2, worker_pb2
 from shared.internal.v1.common_pb2 import WorkerIdentity
 from shared.internal.v1.prefill_pb2_grpc import add_PrefillServicer_to_server
 from shared.internal.v1.worker_pb2_grpc import add_WorkerServicer_to_server
+from shared.metrics import Metrics
 from shared.rpc.server import RpcServer
 from shared.rpc.worker_service import WorkerService
 from shared.runtime import cancelled
@@ -75,6 +76,8 @@ class PrefillApp:
         self.server = RpcServer(settings, register, services)
         self._worker.address = await self.server.start()
         self.tasks = [asyncio.create_task(self.encoder.run())]
+        self._metrics = Metrics(self.figures)
+        self._metrics.serve(settings.host, settings.metrics_port)
         await self.server.set_serving(serving=True)
         return {"role": "prefill", "worker_id": self.identity.worker_id, "grpc_address": self.server.address}
 
@@ -85,6 +88,7 @@ class PrefillApp:
             await self.server.stop(grace_seconds)
             for task in self.tasks:
                 await cancelled(task)
+            self._metrics.close()
             await self.shipper.close()
 
     def figures(self) -> Mapping[str, float]:

@@ -101,7 +101,7 @@ def test_drop(arena: Arena, table: BlockTable) -> None:
 
 
 @pytest.mark.parametrize("store", [True, False])
-def test_drop_while_in_use(arena: Arena, table: BlockTable, store: bool) -> None:
+def test_drop_while_in_use(arena: Arena, table: BlockTable, *, store: bool) -> None:
     dropped = add(table, arena, "a", store=store)
     pin = table.pin(b"a")
     assert pin is not None

@@ -102,7 +102,7 @@ def test_no_room_holds_nothing() -> None:
     pool = make_pool(SEGMENT_TOKENS + 20)
     running, driven = admitted(pool, 1, tokens=16)
     before = pool.arena.free_records
-    joined = make_request([block(1, 16), block(2, 8)])
+    joined = make_request([block(1, 16), block(2, 4)])
     assert pool.admit(joined) is None
     assert driven[0].waiters == [running]
     assert (joined.pins, joined.fetches, joined.arrivals, joined.tail) == ([], set(), {}, None)
@@ -129,14 +129,28 @@ def test_a_request_without_room_evicts_nothing() -> None:
 
 
 def test_a_request_never_evicts_its_own_blocks() -> None:
-    pool = make_pool(SEGMENT_TOKENS + 24)
-    resident(pool, 1, 2, 3)
+    pool = make_pool(2 * 8 + 3 * SEGMENT_TOKENS)
+    resident(pool, 1, 2)
+    resident(pool, 3, tokens=SEGMENT_TOKENS)
+    resident(pool, 5, tokens=SEGMENT_TOKENS)
     # Block 1 is the least recently used, and the last that this request names.
-    request, driven = admitted(pool, 4, 2, 1)
+    request = make_request([block(4, 70), block(2, 8), block(1, 8)])
+    driven = pool.admit(request)
+    assert driven is not None
     assert [fetch.key[0] for fetch in driven] == [4]
-    assert bytes([3]) * 32 not in pool.blocks
+    assert [found.key[0] for found in pool.blocks.all()] == [2, 1]
     finish(pool, request)
     assert_idle(pool)
+
+
+def test_its_own_blocks_go_when_they_alone_are_in_the_way() -> None:
+    pool = make_pool(SEGMENT_TOKENS + 24)
+    resident(pool, 1, 2, 3)
+    # Beside its resident blocks 2 and 1, block 4 and the tail have the bytes that they need, but no run.
+    request, driven = admitted(pool, 4, 2, 1)
+    assert [fetch.key[0] for fetch in driven] == [4, 2, 1]
+    finish(pool, request)
+    assert_all_free_after_eviction(pool)
 
 
 def test_idle_blocks_make_room() -> None:
@@ -212,7 +226,7 @@ def test_another_life_is_told_apart() -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [(False, True), (True, False), (True, True)])
-def test_a_block_stays_when_any_of_its_users_stores_it(first: bool, second: bool) -> None:
+def test_a_block_stays_when_any_of_its_users_stores_it(*, first: bool, second: bool) -> None:
     pool = make_pool(400)
     one, two = (make_request([block(1, 8, store=store)]) for store in (first, second))
     driven = pool.admit(one)

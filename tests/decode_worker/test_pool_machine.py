@@ -32,7 +32,7 @@ class PoolMachine(RuleBasedStateMachine):
         new_tokens=st.integers(1, 2 * SEGMENT_TOKENS),
         store=st.booleans(),
     )
-    def admit(self, names: list[int], new_tokens: int, store: bool) -> None:
+    def admit(self, names: list[int], new_tokens: int, *, store: bool) -> None:
         blocks = [block(name, SIZES[name], store=store) for name in names]
         request = make_request(blocks, max_new_tokens=new_tokens)
         try:
