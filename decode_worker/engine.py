@@ -14,9 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from decode_worker import messages
-from decode_worker.fetch import Fetch
 from decode_worker.pool import Pool
-from decode_worker.request import Phase, Request
+from decode_worker.request import Fetch, Phase, Request
 from decode_worker.runner import Runner
 from decode_worker.scheduler import StepEntry, compose
 from drystone.v1.sampling_pb2 import FinishReason

@@ -7,50 +7,12 @@ that name an older epoch, or another life of this worker, are refused and never 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from decode_worker.arena import Arena, Extent
+from decode_worker.request import Fetch
 from shared.internal.v1.common_pb2 import Reservation, WorkerIdentity
 from shared.internal.v1.transfer_pb2 import RefusalReason
-
-if TYPE_CHECKING:
-    from decode_worker.request import Request
-
-
-@dataclass(slots=True, eq=False)
-class Fetch:
-    """One block on its way. `waiters[0]` drives.
-
-    Attributes:
-        birth_id: Birth offered in this epoch; empty before the offer.
-        taken: Chunks verified in this epoch.
-        encoding: True while the engine thread writes the extent; it is not freed until that ends.
-    """
-
-    key: bytes
-    token_ids: Sequence[int]
-    extent: Extent
-    reservation_id: int
-    store: bool
-    epoch: int = 1
-    waiters: list[Request] = field(default_factory=list)
-    birth_id: bytes = b""
-    taken: set[int] = field(default_factory=set)
-    received_bytes: int = 0
-    encoding: bool = False
-    reserved_at: float = field(default_factory=time.monotonic)
-    driven_at: float = field(default_factory=time.monotonic)
-
-    def restart(self) -> None:
-        """Begins a new epoch: nothing that was taken before counts."""
-        self.epoch += 1
-        self.birth_id = b""
-        self.taken.clear()
-        self.received_bytes = 0
-        self.driven_at = time.monotonic()
 
 
 class FetchTable:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from decode_worker.fetch import Fetch, FetchTable
-from decode_worker.request import Request
+from decode_worker.fetch import FetchTable
+from decode_worker.request import Fetch, Request
 from drystone.v1.sampling_pb2 import FinishReason
 from drystone.v1.statistics_pb2 import BlockSource
 from shared.errors import DrystoneError

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 from decode_worker.arena import Arena, Extent
 from decode_worker.blocks import BlockTable, Pin
-from decode_worker.fetch import Fetch, FetchTable
-from decode_worker.request import Request
+from decode_worker.fetch import FetchTable
+from decode_worker.request import Fetch, Request
 from decode_worker.step import Placement
 from decode_worker.tail import SEGMENT_TOKENS, Tail, segments_for
 from drystone.v1.statistics_pb2 import BlockSource

@@ -12,7 +12,8 @@ import torch
 import zmq
 import zmq.asyncio
 
-from decode_worker.fetch import Fetch, FetchTable
+from decode_worker.fetch import FetchTable
+from decode_worker.request import Fetch
 from shared import logs
 from shared.internal.v1.common_pb2 import Compatibility, Reservation
 from shared.internal.v1.transfer_pb2 import (

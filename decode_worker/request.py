@@ -1,4 +1,4 @@
-"""A request on the decode worker: what it is, how far it has come, and what it holds."""
+"""Requests and the fetches that they wait for: what they are, how far they have come, what they hold."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from decode_worker.arena import Extent
 from decode_worker.blocks import Pin
-from decode_worker.fetch import Fetch
 from decode_worker.step import Placement
 from decode_worker.tail import Tail
 from decode_worker.text import TextStream
@@ -94,3 +94,36 @@ class Request:
             self.tail.close()
             self.tail = None
         self.placements = []
+
+
+@dataclass(slots=True, eq=False)
+class Fetch:
+    """One block on its way. `waiters[0]` drives.
+
+    Attributes:
+        birth_id: Birth offered in this epoch; empty before the offer.
+        taken: Chunks verified in this epoch.
+        encoding: True while the engine thread writes the extent; it is not freed until that ends.
+    """
+
+    key: bytes
+    token_ids: Sequence[int]
+    extent: Extent
+    reservation_id: int
+    store: bool
+    epoch: int = 1
+    waiters: list[Request] = field(default_factory=list)
+    birth_id: bytes = b""
+    taken: set[int] = field(default_factory=set)
+    received_bytes: int = 0
+    encoding: bool = False
+    reserved_at: float = field(default_factory=time.monotonic)
+    driven_at: float = field(default_factory=time.monotonic)
+
+    def restart(self) -> None:
+        """Begins a new epoch: nothing that was taken before counts."""
+        self.epoch += 1
+        self.birth_id = b""
+        self.taken.clear()
+        self.received_bytes = 0
+        self.driven_at = time.monotonic()

@@ -7,6 +7,10 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# In tokens: a character is at most four bytes, and a token at least one.
+_LONGEST_CHARACTER = 4
+
 
 class TextStream:
     """Text of one sample.
@@ -22,7 +26,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=list(prompt_ids), skip_special_tokens=True)
+        self._stream = DecodeStream(ids=_whole(tokenizer, prompt_ids), skip_special_tokens=True)
         self._stop = tuple(stop)
         self._held = ""
         self.matched_stop = ""
@@ -46,6 +50,12 @@ class TextStream:
         """Text held back for a stop string that did not come."""
         rest, self._held = self._held, ""
         return rest
+
+
+def _whole(tokenizer: Any, prompt_ids: Sequence[int]) -> list[int]:
+    """The prompt's tokens; none when they end inside a character, which would come out as part of the answer."""
+    last = tokenizer.decode(list(prompt_ids[-_LONGEST_CHARACTER:]), skip_special_tokens=True)
+    return [] if last.endswith(_REPLACEMENT) else list(prompt_ids)
 
 
 def _earliest(text: str, stops: Sequence[str]) -> tuple[int, str] | None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from drystone.v1 import generation_pb2 as v1
 from drystone.v1.statistics_pb2 import BlockRole, BlockSource, BlockStats, RoutingStats, Timings, Usage
 from gateway.fetcher import Fetcher
+from gateway.ticket import Ticket
 from shared.internal.v1.common_pb2 import ShipSource
 from shared.internal.v1.decode_pb2 import Admitted, Arrival, Ended, SampleEnded
 from shared.metrics import Metrics
-
-if TYPE_CHECKING:
-    from gateway.relay import Ticket
 
 _SOURCES = {
     ShipSource.SHIP_SOURCE_RAM: BlockSource.BLOCK_SOURCE_PREFILL_RAM,

@@ -18,7 +18,7 @@ from gateway.relay import FetchPolicy
 from gateway.service import GenerationService
 from gateway.settings import GatewaySettings
 from shared import logs
-from shared.metrics import Metrics
+from shared.metrics import HISTOGRAMS, Metrics
 from shared.rpc.server import RpcServer
 from shared.runtime import cancelled, host_name
 
@@ -52,7 +52,7 @@ class GatewayApp:
         """Serves; ready once a decode worker is. Returns addresses."""
         settings = self._settings
         self.cluster = Cluster(self._name, settings.decode_workers, settings.prefill_workers, settings.poll_seconds)
-        self._metrics = Metrics(self._figures)
+        self._metrics = Metrics(self._figures, HISTOGRAMS)
         self.generation = GenerationService(
             self.cluster,
             self._tokenizer,

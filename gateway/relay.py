@@ -10,15 +10,13 @@ from dataclasses import dataclass
 import grpc
 
 from drystone.v1 import generation_pb2 as v1
-from drystone.v1.sampling_pb2 import SamplingParams
 from drystone.v1.statistics_pb2 import RoutingCandidate, RoutingStats, RoutingTerm
 from gateway.accounting import Account
 from gateway.cluster import Cluster, Worker
 from gateway.fetcher import Fetcher
-from gateway.prompt import PlannedPrompt
 from gateway.routing import decode_choice
+from gateway.ticket import Ticket
 from shared.errors import DrystoneError, Reason, deadline_exceeded
-from shared.internal.v1.common_pb2 import BlockRef
 from shared.internal.v1.decode_pb2 import Failed, GenerateRequest, GenerateResponse, Open
 from shared.metrics import Metrics
 from shared.rpc.errors import from_rpc_error
@@ -26,27 +24,6 @@ from shared.rpc.errors import from_rpc_error
 _CALL_ID = 1
 # The worker ends a request at its deadline with a reason; the gateway's own wait is only a backstop.
 _BACKSTOP_SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """A planned request.
-
-    Attributes:
-        refs: Blocks with their keys, in prompt order.
-        arrived: `time.monotonic()` of its arrival.
-        deadline: `time.monotonic()` of its end.
-    """
-
-    request_id: str
-    traceparent: str
-    plan: PlannedPrompt
-    refs: tuple[BlockRef, ...]
-    sampling: SamplingParams
-    arrived: float
-    planned: float
-    deadline: float
-    priority: v1.Priority.ValueType
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ from gateway.prompt import (
     filled_sampling,
     validate,
 )
-from gateway.relay import FetchPolicy, Ticket, relay
+from gateway.relay import FetchPolicy, relay
+from gateway.ticket import Ticket
 from shared import logs
 from shared.errors import DrystoneError, Reason, not_in_this_version
 from shared.internal.v1.common_pb2 import BlockRef

@@ -6,7 +6,7 @@ vLLM's. Nothing is global: each process makes one `Metrics` and hands it to what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, Histogram, start_http_server
@@ -33,14 +33,15 @@ class Metrics:
 
     Args:
         figures: Gives the process's figures when the page is asked for.
+        histograms: Names in `HISTOGRAMS` that this process observes.
     """
 
-    def __init__(self, figures: Figures) -> None:
+    def __init__(self, figures: Figures, histograms: Iterable[str] = ()) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_FigureCollector(figures))
         self._histograms = {
-            name: Histogram(PREFIX + name, text, registry=self.registry, buckets=_SECONDS)
-            for name, text in HISTOGRAMS.items()
+            name: Histogram(PREFIX + name, HISTOGRAMS[name], registry=self.registry, buckets=_SECONDS)
+            for name in histograms
         }
         self._stop: Callable[[], None] = lambda: None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from decode_worker.fetch import Fetch
+from decode_worker.request import Fetch
 from decode_worker.pool import Pool
 from decode_worker.request import Request
 from decode_worker.tail import SEGMENT_TOKENS

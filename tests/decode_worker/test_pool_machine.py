@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from decode_worker.blocks import Block
-from decode_worker.fetch import Fetch
+from decode_worker.request import Fetch
 from decode_worker.pool import Pool
 from decode_worker.request import Request
 from decode_worker.tail import SEGMENT_TOKENS

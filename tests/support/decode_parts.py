@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -16,11 +18,17 @@ from drystone.v1.sampling_pb2 import SamplingParams
 from shared.internal.v1.common_pb2 import BlockRef, WorkerIdentity
 from shared.internal.v1.decode_pb2 import GenerateResponse
 from shared.kv.layout import KvShape
+from tests.support.tiny_models import tiny_tokenizer
 
 SHAPE = KvShape(layers=3, kv_heads=2, head_dim=4, dtype="float32")
 IDENTITY = WorkerIdentity(worker_id="decode-0", incarnation=11)
 
 _call_ids = itertools.count(1)
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    return tiny_tokenizer().backend_tokenizer
 
 
 def make_arena(tokens: int, shape: KvShape = SHAPE) -> Arena:
@@ -57,7 +65,7 @@ def make_request(
     *,
     sink: Sink | None = None,
     seconds: float = 30.0,
-    tokenizer: object = None,
+    stop: Sequence[str] = (),
     stop_ids: frozenset[int] = frozenset(),
     **sampling: float,
 ) -> Request:
@@ -74,7 +82,7 @@ def make_request(
         stop_ids=stop_ids,
         deadline=time.monotonic() + seconds,
         sink=(sink if sink is not None else Sink()).append,
-        text=TextStream(tokenizer, list(question), ()),
+        text=TextStream(_tokenizer(), list(question), stop),
     )
 
 

@@ -1,0 +1,31 @@
+"""A planned request, as the rest of the gateway handles it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from drystone.v1 import generation_pb2 as v1
+from drystone.v1.sampling_pb2 import SamplingParams
+from gateway.prompt import PlannedPrompt
+from shared.internal.v1.common_pb2 import BlockRef
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A planned request.
+
+    Attributes:
+        refs: Blocks with their keys, in prompt order.
+        arrived: `time.monotonic()` of its arrival.
+        deadline: `time.monotonic()` of its end.
+    """
+
+    request_id: str
+    traceparent: str
+    plan: PlannedPrompt
+    refs: tuple[BlockRef, ...]
+    sampling: SamplingParams
+    arrived: float
+    planned: float
+    deadline: float
+    priority: v1.Priority.ValueType
