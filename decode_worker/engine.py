@@ -213,8 +213,15 @@ class Engine:
         self.steps_total += 1
         for entry, token in zip(entries, tokens, strict=True):
             if not entry.request.finished:
-                self._advance(entry, token)
+                self._advance_or_fail(entry, token)
         return True
+
+    def _advance_or_fail(self, entry: StepEntry, token: int | None) -> None:
+        try:
+            self._advance(entry, token)
+        except Exception as error:  # noqa: BLE001 - a tokenizer may refuse what a model says; only this request fails
+            self._log.error("advance_failed", request_id=entry.request.request_id, exc_info=error)
+            self._fail(entry.request, DrystoneError(Reason.INTERNAL, f"a token could not be taken in: {error}"))
 
     def _advance(self, entry: StepEntry, token: int | None) -> None:
         request, count = entry.request, len(entry.span.token_ids)

@@ -95,6 +95,8 @@ class Link:
         try:
             async with asyncio.timeout(HELLO_SECONDS):
                 header = unseal(await self._socket.recv())
+        except MalformedFrameError as error:
+            raise LinkBrokenError(f"decode worker {receiver.worker_id} speaks another protocol: {error}") from error
         except TimeoutError as error:
             raise LinkBrokenError(
                 f"decode worker {receiver.worker_id} did not answer within {HELLO_SECONDS} s"

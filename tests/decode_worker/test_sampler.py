@@ -109,9 +109,7 @@ def test_greedy_takes_the_largest() -> None:
 
 @pytest.mark.parametrize("filters", [{}, {"min_p": 0.5}, {"top_p": 0.9}, {"top_k": 2, "min_p": 0.1}], ids=str)
 @pytest.mark.parametrize("temperature", [1e-45, 1e-40, 1e-9, 2e-5, 1e-3])
-def test_a_temperature_near_zero_is_greedy(
-    logits: torch.Tensor, temperature: float, filters: dict[str, float]
-) -> None:
+def test_a_temperature_near_zero_is_greedy(logits: torch.Tensor, temperature: float, filters: dict[str, float]) -> None:
     sampling = params(temperature=temperature, **filters)
     assert sampling.temperature > 0
     assert {choose(logits, sampling, position=position) for position in range(20)} == {int(logits.argmax())}
@@ -155,4 +153,3 @@ def test_draws_are_uniform_and_fixed_for_ever() -> None:
     histogram = np.histogram(drawn, bins=20, range=(0, 1))[0]
     assert float(((histogram - 1000) ** 2 / 1000).sum()) < 19 + 5 * 38**0.5
     assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 0.03
-

