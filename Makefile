@@ -11,8 +11,11 @@ ARGS ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
+# protoc finds its plugins there.
+export PATH := $(abspath $(BIN)):$(PATH)
 STAMP := $(VENV)/.drystone-installed
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+# -qq: errors alone. Some machines have package sources that pip warns about once a package.
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -40,7 +43,7 @@ protos: env ## Make the Python stubs from the protos
 
 protos-check: env ## Check stubs, comments and compatibility of the protos
 	@echo 'protos-check: stubs, comments, compatibility with $(BASE)'
-	@$(BIN)/python protos/generate.py --check
+	@said=$$($(BIN)/python protos/generate.py --check 2>&1) || { echo "$$said" >&2; exit 1; }
 	@$(BIN)/buf lint protos
 	@if ! git rev-parse --git-dir >/dev/null 2>&1; then \
 		echo 'protos-check: compatibility not checked: this is no git checkout'; \

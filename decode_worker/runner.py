@@ -31,6 +31,7 @@ class Runner:
         self._arena = arena
         self._trace = trace
 
+    @torch.inference_mode()
     def run(self, entries: Sequence[StepEntry]) -> list[int | None]:
         """One step; the token of each entry, None for those whose question goes on."""
         spans = [entry.span for entry in entries]
@@ -59,5 +60,5 @@ class Runner:
 
 def _next_token(request: Request, logits: torch.Tensor) -> int:
     if len(request.generated) < request.sampling.min_new_tokens:
-        logits[list(request.stop_ids)] = float("-inf")
+        logits[[token for token in request.stop_ids if token < len(logits)]] = float("-inf")
     return choose(logits, request.sampling, position=len(request.generated))

@@ -41,6 +41,7 @@ class DecodeService(DecodeServicer):
         try:
             while (message := await session.outbox.get()) is not None:
                 yield message
+            await reader
         finally:
             reader.cancel()
             session.close()
@@ -125,13 +126,15 @@ class _Session:
         self.outbox: asyncio.Queue[pb.GenerateResponse | None] = asyncio.Queue()
 
     async def read(self, incoming: AsyncIterator[pb.GenerateRequest]) -> None:
-        """Takes the gateway's messages until it half-closes."""
+        """Takes the gateway's messages until it half-closes; one that cannot be read ends the stream."""
         try:
             async for message in incoming:
                 self._take(message)
-        finally:
-            self._half_closed = True
-            self._end_when_done()
+        except BaseException:
+            self.outbox.put_nowait(None)
+            raise
+        self._half_closed = True
+        self._end_when_done()
 
     def send(self, message: pb.GenerateResponse) -> None:
         """Queues a message for the gateway; never blocks."""

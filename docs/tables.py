@@ -20,6 +20,7 @@ from decode_worker.settings import DecodeSettings
 from gateway.settings import GatewaySettings
 from prefill_worker.settings import PrefillSettings
 from shared.errors import REASONS
+from shared.metrics import HISTOGRAMS, PREFIX
 from shared.settings import ProcessSettings, WorkerSettings
 from shared.status import FIGURES
 
@@ -34,6 +35,9 @@ def tables() -> dict[str, str]:
     return {
         "errors": _errors(),
         "status": _markdown(("figure", "meaning"), ([f"`{name}`", text] for name, text in FIGURES.items())),
+        "metrics": _markdown(
+            ("histogram", "seconds"), ([f"`{PREFIX}{name}`", text] for name, text in HISTOGRAMS.items())
+        ),
         "settings-process": _settings(ProcessSettings, None),
         "settings-worker": _settings(WorkerSettings, ProcessSettings),
         "settings-gateway": _settings(GatewaySettings, ProcessSettings),

@@ -12,7 +12,7 @@ import grpc
 from gateway.cluster import Cluster, Worker
 from gateway.routing import prefill_order
 from shared import logs
-from shared.errors import DrystoneError, Reason
+from shared.errors import Reason
 from shared.internal.v1.common_pb2 import BlockRef, KvEndpoint, Reservation
 from shared.internal.v1.decode_pb2 import EncodeHere, GenerateRequest, Missing
 from shared.internal.v1.prefill_pb2 import BlockDone, EncodeBlocksRequest, EncodeJob
@@ -154,7 +154,7 @@ class Fetcher:
 
 
 async def token_ids_of(cluster: Cluster, keys: list[str]) -> dict[str, tuple[int, ...]]:
-    """Token ids of blocks that callers name by key; raises NOT_FOUND for one that no prefill worker knows."""
+    """Token ids of blocks that callers name by key, as far as a prefill worker knows them."""
     from shared.internal.v1.prefill_pb2 import DescribeStoredRequest
 
     found: dict[str, tuple[int, ...]] = {}
@@ -165,12 +165,4 @@ async def token_ids_of(cluster: Cluster, keys: list[str]) -> dict[str, tuple[int
         except grpc.aio.AioRpcError:
             continue  # the cluster's next look will say what is wrong with it
         found.update({bytes(block.key).hex(): tuple(block.token_ids) for block in answer.blocks})
-    for key in keys:
-        if key.lower() not in found:
-            raise DrystoneError(
-                Reason.UNKNOWN_BLOCK_KEY,
-                f"block_key: no worker knows block {key}; send its text instead",
-                field="block_key",
-                metadata={"value": key},
-            )
-    return {key: found[key.lower()] for key in keys}
+    return found

@@ -146,7 +146,7 @@ class DrystoneError(Exception):
         self.reason = reason
         self.message = message
         self.field = field
-        self.metadata = dict(metadata or {})
+        self.metadata = {**({} if field is None else {"field": field}), **(metadata or {})}
         self.retry_after_ms = retry_after_ms
 
     @property

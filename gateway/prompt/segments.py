@@ -97,7 +97,10 @@ def _known(field: str, content: Content, known_blocks: KnownBlocks, index: int |
     ids = known_blocks.get(normal_key(content.block_key))
     if ids is None:
         raise InvalidRequestError(
-            Reason.UNKNOWN_BLOCK_KEY, f"{field}.block_key", "names no block that lives", value=content.block_key
+            Reason.UNKNOWN_BLOCK_KEY,
+            f"{field}.block_key",
+            "names no block that lives; send its text instead",
+            value=content.block_key,
         )
     role = BlockRole.BLOCK_ROLE_PASSAGE
     return Segment(role, f"{field}.block_key", known_ids=tuple(ids), document_index=index)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
 import grpc
@@ -80,11 +81,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         decode = _tolerant(handler.request_deserializer)
         if handler.request_streaming and handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(
-                _streaming(handler.stream_stream, method), decode, handler.response_serializer
+                _streaming(handler.stream_stream, method, _each_accepted), decode, handler.response_serializer
             )
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                _streaming(handler.unary_stream, method), decode, handler.response_serializer
+                _streaming(handler.unary_stream, method, _accepted), decode, handler.response_serializer
             )
         return grpc.unary_unary_rpc_method_handler(
             _unary(handler.unary_unary, method), decode, handler.response_serializer
@@ -111,17 +112,17 @@ def _unary(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..
     return call
 
 
-def _streaming(behaviour: Callable[..., AsyncIterator[Any]], method: str) -> Callable[..., AsyncIterator[Any]]:
+def _streaming(
+    behaviour: Callable[..., AsyncGenerator[Any]], method: str, accepted: Callable[[Any], Any]
+) -> Callable[..., AsyncIterator[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        responses = behaviour(_accepted(request), context)
         try:
-            async for response in responses:
-                yield response
+            # A client that went away ends this generator; the handler's own cleanup must run now.
+            async with contextlib.aclosing(behaviour(accepted(request), context)) as responses:
+                async for response in responses:
+                    yield response
         except Exception as error:  # noqa: BLE001 - the one place where every error becomes a status
             await _abort(context, error, method)
-        finally:
-            # A client that went away ends this generator; the handler's own cleanup must run now.
-            await responses.aclose()  # type: ignore[attr-defined]
 
     return call
 
@@ -130,6 +131,11 @@ def _accepted(request: Any) -> Any:
     if isinstance(request, _Malformed):
         raise DrystoneError(Reason.MALFORMED_REQUEST, f"the request message cannot be decoded: {request.why}")
     return request
+
+
+async def _each_accepted(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _accepted(request)
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, method: str) -> NoReturn:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from decode_worker.request import Fetch
 from decode_worker.pool import Pool
-from decode_worker.request import Request
+from decode_worker.request import Fetch, Request
 from decode_worker.tail import SEGMENT_TOKENS
 from drystone.v1.statistics_pb2 import BlockSource
 from shared.errors import DrystoneError, Reason

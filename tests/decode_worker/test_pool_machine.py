@@ -7,9 +7,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from decode_worker.blocks import Block
-from decode_worker.request import Fetch
 from decode_worker.pool import Pool
-from decode_worker.request import Request
+from decode_worker.request import Fetch, Request
 from decode_worker.tail import SEGMENT_TOKENS
 from shared.errors import DrystoneError
 from tests.support.decode_parts import assert_all_free_after_eviction, assert_idle, block, make_pool, make_request

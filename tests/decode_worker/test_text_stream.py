@@ -42,7 +42,7 @@ def cut(text: str, stop: tuple[str, ...]) -> str:
     return text[: end + length]
 
 
-@pytest.mark.parametrize("text", ["naïve – ½ €", "日本語の壁", f"a{EMOJI}b🧱c", "𝔇𝔯𝔶", "a\u0301 e\u0308"])
+@pytest.mark.parametrize("text", ["naïve ½ €", "日本語の壁", f"a{EMOJI}b🧱c", "𒀀𒁀", "a\u0301 e\u0308"])
 def test_characters_split_over_tokens_come_whole(text: str) -> None:
     ids = ids_of(text)
     assert len(ids) > len(text), "every character here is several tokens"

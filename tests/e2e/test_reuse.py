@@ -117,9 +117,7 @@ async def test_full_blocks_are_not_kept_unless_asked(served: Served) -> None:
 async def test_two_conversations_that_are_alike_share_and_leave_nothing(served: Served) -> None:
     served.evict_everywhere()
     messages = [{"role": "user", "content": "Where is the lighthouse?"}]
-    answers = await asyncio.gather(
-        *(served.client.generate(messages=messages, max_new_tokens=4) for _ in range(3))
-    )
+    answers = await asyncio.gather(*(served.client.generate(messages=messages, max_new_tokens=4) for _ in range(3)))
     assert len({answer.token_ids for answer in answers}) == 1
     await served.until_idle()
     assert len(served.stack.decode_apps[0].pool.blocks) == 0

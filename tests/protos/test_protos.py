@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -36,8 +37,11 @@ def _edit(copy: Path, pattern: str, replacement: str) -> None:
 
 
 def test_stubs_are_fresh() -> None:
+    # protoc looks for its plugins on the path; they are beside the interpreter.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, "protos/generate.py", "--check"]
     done = subprocess.run(
-        [sys.executable, "protos/generate.py", "--check"], capture_output=True, text=True, check=False, cwd=ROOT
+        command, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "PATH": path}
     )
     assert done.returncode == 0, done.stderr
 

@@ -25,7 +25,11 @@ async def serving(folder: Path, **options: Any) -> AsyncIterator[Served]:
     options["decode_settings"] = {"pool_bytes": POOL_BYTES, **options.get("decode_settings", {})}
     options["prefill_settings"] = {"store_bytes": STORE_BYTES, **options.get("prefill_settings", {})}
     options["gateway_settings"] = {"poll_seconds": 0.2, **options.get("gateway_settings", {})}
-    async with InProcessStack(folder, **options) as stack, drystone.AsyncClient(stack.address) as client:
+    timeouts = drystone.Timeouts(generate=30.0)
+    async with (
+        InProcessStack(folder, **options) as stack,
+        drystone.AsyncClient(stack.address, timeouts=timeouts) as client,
+    ):
         served = Served(stack, client)
         try:
             yield served
@@ -43,6 +47,7 @@ class Served:
         self.stack = stack
         self.client = client
         self._channel = open_channel(stack.address)
+        self._stopped: list[object] = []
 
     @property
     def raw(self) -> GenerationStub:
@@ -57,6 +62,15 @@ class Served:
     async def close(self) -> None:
         """Closes the raw channel."""
         await self._channel.close()
+
+    def stopped(self, app: object) -> bool:
+        """True for a worker that the test itself stopped."""
+        return app in self._stopped
+
+    async def stop(self, app: Any) -> None:
+        """Stops one worker, as a crash would: nothing under way on it ends well."""
+        self._stopped.append(app)
+        await app.stop(0.0)
 
     def evict_everywhere(self) -> None:
         """Empties every cache: the next request is cold."""
@@ -75,12 +89,17 @@ class Served:
             assert app.engine.requests == []
             assert app.engine._timers == {}
         for worker in self.stack.prefill_apps:
+            if self.stopped(worker):
+                continue
             for opening in worker.shipper._links.values():
                 link = opening.result()
                 assert link._transfers == {}
 
     def _busy(self) -> list[str]:
         """What is still under way, in words."""
+        for process in (*self.stack.decode_apps, *self.stack.prefill_apps):
+            for task in process.tasks:
+                assert not task.done() or self.stopped(process), f"a worker's loop ended: {task}"
         gateway = self.stack.gateway_app
         found = [f"gateway runs {gateway.generation.running}"] if gateway and gateway.generation.running else []
         for app in self.stack.decode_apps:
@@ -88,10 +107,8 @@ class Served:
             held = (app.engine.running, app.engine.waiting, pool.blocks.pins, len(pool.fetches))
             if any(held):
                 found.append(f"decode worker: running, waiting, pins, fetches {held}")
-        for worker in self.stack.prefill_apps:
-            if worker.encoder.queued:
-                found.append(f"prefill worker: {worker.encoder.queued} queued")
-        return found
+        queues = [worker.encoder.queued for worker in self.stack.prefill_apps if not self.stopped(worker)]
+        return [*found, *(f"prefill worker: {queued} queued" for queued in queues if queued)]
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0, why: Callable[[], object] = str) -> None:

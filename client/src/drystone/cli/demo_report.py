@@ -25,9 +25,9 @@ _HEADINGS = {
     RunKind.FULL: "full attention",
 }
 _NOT_TUNED = (
-    "SmolLM2-135M is not fine-tuned for block attention and is small besides: its block answers may be worse than "
-    "its full ones. The demo shows what is reused, not how well it answers; for quality serve a model fine-tuned "
-    "for block attention, such as hxia7/Llama-3.2-1B-block-FT (drystone demo --model FOLDER)."
+    "SmolLM2-135M is not fine-tuned for block attention, and is small: block answers may be worse than full ones, and "
+    "another order of the passages may cost it the answer, with full attention too. The demo shows what is reused, "
+    "not how well it answers. For quality serve a model fine-tuned for block attention: drystone demo --model FOLDER."
 )
 
 
