@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from shared.internal.v1.prefill_pb2_grpc import PrefillAsyncStub
 
 _LOOK_SECONDS = 3.0
+_TOO_EARLY = "no decode worker to compare with yet"
 _REMEMBERED_KEYS = 65536
 
 
@@ -132,6 +133,9 @@ class Cluster:
     async def look(self) -> None:
         """Looks at every worker once, at the same time."""
         await asyncio.gather(*(self._look_at(worker) for worker in self.workers))
+        for worker in self.workers:
+            if worker.detail == _TOO_EARLY and worker.info is not None:
+                self._judge(worker, worker.info, worker.status)
 
     async def close(self) -> None:
         """Closes every channel."""
@@ -140,29 +144,32 @@ class Cluster:
 
     async def _look_at(self, worker: Worker) -> None:
         stub = WorkerStub(worker.channel)
-        before, began = worker.detail, time.monotonic()
+        began = time.monotonic()
         try:
             info = await stub.GetInfo(worker_pb2.GetInfoRequest(), timeout=_LOOK_SECONDS)
             answer = await stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=_LOOK_SECONDS)
         except grpc.aio.AioRpcError as error:
-            worker.detail = f"does not answer: {error.code().name} after {time.monotonic() - began:.1f} s"
+            self._set_detail(worker, f"does not answer: {error.code().name} after {time.monotonic() - began:.1f} s")
         else:
-            self._accept(worker, info, answer.status)
-        if worker.detail != before:
-            self._log.info(
-                "worker", worker_id=worker.worker_id, address=worker.address, detail=worker.detail or "ready"
-            )
+            self._judge(worker, info, answer.status)
 
-    def _accept(self, worker: Worker, info: worker_pb2.GetInfoResponse, status: ProcessStatus) -> None:
+    def _set_detail(self, worker: Worker, detail: str) -> None:
+        # How long it took differs each time and is no news.
+        if worker.detail.partition(" after ")[0] != detail.partition(" after ")[0]:
+            self._log.info("worker", worker_id=worker.worker_id, address=worker.address, detail=detail or "ready")
+        worker.detail = detail
+
+    def _judge(self, worker: Worker, info: worker_pb2.GetInfoResponse, status: ProcessStatus) -> None:
         if worker.info is not None and worker.info.worker.incarnation != info.worker.incarnation:
             worker.resident.clear()
         worker.info, worker.status = info, status
         if info.role != worker.role:
-            worker.detail = f"is a {ProcessRole.Name(info.role)}"
+            detail = f"is a {ProcessRole.Name(info.role)}"
         elif status.state != ProcessState.PROCESS_STATE_READY:
-            worker.detail = ProcessState.Name(status.state).removeprefix("PROCESS_STATE_").lower()
+            detail = ProcessState.Name(status.state).removeprefix("PROCESS_STATE_").lower()
         else:
-            worker.detail = self._differs(worker, info)
+            detail = self._differs(worker, info)
+        self._set_detail(worker, detail)
 
     def _differs(self, worker: Worker, info: worker_pb2.GetInfoResponse) -> str:
         """Says in which field a worker differs from those in use, or nothing.
@@ -173,7 +180,7 @@ class Cluster:
         if worker.role == ProcessRole.PROCESS_ROLE_DECODE and not others:
             self.compatibility = info.compatibility
         if self.compatibility is None:
-            return "no decode worker to compare with yet"
+            return _TOO_EARLY
         for field_ in Compatibility.DESCRIPTOR.fields:
             if getattr(info.compatibility, field_.name) != getattr(self.compatibility, field_.name):
                 return f"differs from the other workers in {field_.name}"

@@ -50,6 +50,8 @@ class Fetcher:
         timeout_seconds: float,
     ) -> None:
         self._cluster = cluster
+        # Kept: the decode worker may fail a look, and be unusable for others, while this request runs on it.
+        self._model_fingerprint = cluster.info.compatibility.model_fingerprint
         self._blocks = blocks
         self._send = send
         self._request_id = request_id
@@ -141,7 +143,7 @@ class Fetcher:
             time_left_ms=max(1, int((self._deadline - time.monotonic()) * 1e3)),
             jobs=[EncodeJob(block=self._blocks[key], reservation=promise) for key, promise in group.items()],
             endpoint=endpoint,
-            model_fingerprint=self._cluster.info.compatibility.model_fingerprint,
+            model_fingerprint=self._model_fingerprint,
         )
 
     def _note(self, key: bytes, worker: Worker, problem: str) -> None:

@@ -14,7 +14,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import (
@@ -48,8 +48,6 @@ class ProcessSettings(BaseSettings):
         extra="forbid",
         frozen=True,
     )
-    example: ClassVar[str] = ""
-
     host: str = Field("127.0.0.1", description="Address to serve gRPC on; one address, never '*'.")
     port: int = Field(0, ge=0, le=65535, description="Port to serve gRPC on; 0 takes a free one.")
     ready_file: Path | None = Field(None, description="File to write addresses to, as JSON, once requests are served.")

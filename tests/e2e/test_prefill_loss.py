@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterable, Callable
 from typing import Any
 
 import drystone
@@ -15,8 +15,10 @@ from gateway.app import GatewayApp
 from gateway.settings import GatewaySettings
 from prefill_worker.app import PrefillApp
 from prefill_worker.settings import PrefillSettings
+from shared.errors import Reason
 from shared.kv.birth import CHUNK_BYTES
 from tests.conftest import MakeFolder
+from tests.support.errors import failure_of
 from tests.support.stacks import Served, serving, until
 
 PROMPT: dict[str, Any] = {"blocks": ["A wall of dry stone.", "What is it?"], "max_new_tokens": 8}
@@ -158,13 +160,16 @@ async def test_a_waiters_own_deadline_holds(tiny_folder: MakeFolder) -> None:
         driver = asyncio.create_task(ask(served))
         await busy_one(served)
         blocks = BlocksPrompt(blocks=[BlockInput(text=text) for text in PROMPT["blocks"]])
-        call = served.raw.Generate(v1.GenerateRequest(blocks=blocks, timeout_ms=200))
-        code = await call.code()
-        assert code.name == "DEADLINE_EXCEEDED"
-        assert "waiting for blocks" in str(await call.details())
+        failure = await failure_of(_read(served.raw.Generate(v1.GenerateRequest(blocks=blocks, timeout_ms=200))))
+        assert failure.reason == Reason.DEADLINE_EXCEEDED
+        assert failure.metadata["while"] == "waiting for blocks"
         go.set()
         assert (await driver).token_ids
         await served.until_idle()
+
+
+async def _read(call: AsyncIterable[object]) -> list[object]:
+    return [event async for event in call]
 
 
 async def test_every_prefill_worker_stops_while_it_ships(tiny_folder: MakeFolder) -> None:
