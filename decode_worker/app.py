@@ -12,7 +12,9 @@ import torch
 from transformers import AutoTokenizer
 
 from decode_worker.arena import Arena
+from decode_worker.attention import native
 from decode_worker.engine import Engine
+from decode_worker.opening import Opener
 from decode_worker.pool import Pool
 from decode_worker.receiver import Receiver
 from decode_worker.runner import LogitTrace, Runner
@@ -26,6 +28,7 @@ from shared.internal.v1.common_pb2 import KvEndpoint, WorkerIdentity
 from shared.internal.v1.decode_pb2_grpc import add_DecodeServicer_to_server
 from shared.internal.v1.worker_pb2_grpc import add_WorkerServicer_to_server
 from shared.metrics import Metrics
+from shared.model.catalog import cache_dir
 from shared.rpc.server import RpcServer
 from shared.rpc.worker_service import WorkerService
 from shared.runtime import cancelled, host_name
@@ -52,15 +55,20 @@ class DecodeApp:
             context_tokens=settings.context_tokens,
         )
         self.identity = WorkerIdentity(worker_id=settings.worker_id, incarnation=secrets.randbits(63) | 1)
-        arena = Arena(self.model.geometry.shape, settings.pool_bytes, torch.device(settings.device))
+        try:
+            arena = Arena(self.model.geometry.shape, settings.pool_bytes, torch.device(settings.device))
+        except RuntimeError as error:
+            raise ValueError(f"pool_bytes: {settings.pool_bytes} bytes cannot be had on {settings.device}") from error
         self.pool = Pool(arena, self.identity)
+        kernel = native.load(cache_dir() / "kernels") if settings.native_kernel else None
         self._endpoint = KvEndpoint(host=host_name())
         self.engine = Engine(
             self.model,
             self.pool,
-            Runner(self.model, arena, trace),
+            Runner(self.model, arena, trace, kernel),
             max_waiting=settings.max_waiting,
             endpoint=self._endpoint,
+            stall_seconds=settings.fetch_stall_seconds,
         )
         self.tasks: list[asyncio.Task[None]] = []
 
@@ -75,7 +83,8 @@ class DecodeApp:
         )
         self._endpoint.zmq_address = self.receiver.bind(self._settings.kv_host, self._settings.kv_port)
         tokenizer = AutoTokenizer.from_pretrained(self.model.folder).backend_tokenizer
-        decode = DecodeService(self.engine, self.model, tokenizer, self._settings.default_timeout_seconds)
+        opener = Opener(self.model, tokenizer, self.identity.incarnation, self._settings.default_timeout_seconds)
+        decode = DecodeService(self.engine, opener)
         self._worker = WorkerService(
             self.identity,
             ProcessRole.PROCESS_ROLE_DECODE,
@@ -95,7 +104,9 @@ class DecodeApp:
         ]
         self.server = RpcServer(self._settings, register, services)
         self._worker.address = await self.server.start()
-        self.tasks = [asyncio.create_task(self.engine.run()), asyncio.create_task(self.receiver.run())]
+        self.tasks = [
+            asyncio.create_task(run) for run in (self.engine.run(), self.engine.watch_fetches(), self.receiver.run())
+        ]
         self._metrics = Metrics(self.figures)
         self._metrics.serve(self._settings.host, self._settings.metrics_port)
         await self.server.set_serving(serving=True)

@@ -46,6 +46,7 @@ class Arena:
         self.records = torch.empty(
             self.capacity_records, shape.record_elements, dtype=getattr(torch, shape.dtype), device=device
         )
+        self.frees = 0
         # Free runs, sorted by start, never empty, never adjacent.
         self._starts: list[int] = [0] if self.capacity_records else []
         self._lengths: list[int] = [self.capacity_records] if self.capacity_records else []
@@ -82,6 +83,7 @@ class Arena:
 
     def free(self, extent: Extent) -> None:
         """Takes an extent back and joins it with its free neighbours; a double free is a ValueError."""
+        self.frees += 1
         index = bisect.bisect_left(self._starts, extent.start)
         end = extent.start + extent.records
         before = index > 0 and self._starts[index - 1] + self._lengths[index - 1]

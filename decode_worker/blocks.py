@@ -55,6 +55,7 @@ class BlockTable:
         # Dropped while in use: not found by key any more, freed by their last pin.
         self._dropped: list[Block] = []
         self.evictions = 0
+        self.changes = 0
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -79,11 +80,13 @@ class BlockTable:
         """Makes a filled extent resident; the table owns it from here. Without `store` its last pin frees it."""
         block = Block(key, extent, last_used=time.monotonic(), transient=not store)
         self._blocks[key] = block
+        self.changes += 1
         return block
 
     def unpinned(self, block: Block) -> None:
         """A pin has ended."""
         block.pins -= 1
+        self.changes += 1
         if block.pins:
             return
         if block.dropped:

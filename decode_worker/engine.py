@@ -16,7 +16,7 @@ from typing import ParamSpec, TypeVar
 from decode_worker import messages
 from decode_worker.pool import Pool
 from decode_worker.request import Fetch, Phase, Request
-from decode_worker.runner import Runner
+from decode_worker.runner import Outcome, Runner
 from decode_worker.scheduler import StepEntry, compose
 from drystone.v1.sampling_pb2 import FinishReason
 from drystone.v1.statistics_pb2 import BlockSource
@@ -40,16 +40,25 @@ class Engine:
         runner: Runs steps on the engine thread.
         max_waiting: Requests that may wait for room; more are refused.
         endpoint: Where blocks are to be shipped.
+        stall_seconds: Time without progress after which a fetch is driven anew.
     """
 
     def __init__(
-        self, model: ServedModel, pool: Pool, runner: Runner, *, max_waiting: int, endpoint: KvEndpoint
+        self,
+        model: ServedModel,
+        pool: Pool,
+        runner: Runner,
+        *,
+        max_waiting: int,
+        endpoint: KvEndpoint,
+        stall_seconds: float = 20.0,
     ) -> None:
         self._model = model
         self.pool = pool
         self._runner = runner
         self._max_waiting = max_waiting
         self._endpoint = endpoint
+        self._stall_seconds = stall_seconds
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._wake = asyncio.Event()
         self._waiting: deque[Request] = deque()
@@ -57,6 +66,7 @@ class Engine:
         self._to_encode: deque[Fetch] = deque()
         self._in_step: set[Request] = set()
         self._timers: dict[Request, asyncio.TimerHandle] = {}
+        self._no_room_at: tuple[Request, int] | None = None
         self._log = logs.get("engine")
         self.requests_total = self.failed_total = self.steps_total = self.tokens_total = 0
 
@@ -80,7 +90,10 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Takes a request or raises DrystoneError; from here on its sink gets exactly one last message."""
         self.pool.refuse_if_never(request)
-        if len(self._waiting) >= self._max_waiting:
+        self._waiting.append(request)
+        self._admit()
+        if request.phase is Phase.WAITING and len(self._waiting) > self._max_waiting:
+            self._waiting.remove(request)
             raise DrystoneError(
                 Reason.TOO_MANY_REQUESTS,
                 f"{len(self._waiting)} requests wait for room on this decode worker; limit {self._max_waiting}",
@@ -88,10 +101,8 @@ class Engine:
                 retry_after_ms=1000,
             )
         self.requests_total += 1
-        self._waiting.append(request)
         loop = asyncio.get_running_loop()
         self._timers[request] = loop.call_later(request.deadline - time.monotonic(), self._expire, request)
-        self._admit()
 
     def cancel(self, request: Request) -> None:
         """Ends a request whose caller is gone; sends nothing."""
@@ -107,14 +118,22 @@ class Engine:
                 self._to_encode.append(fetch)
         self._wake.set()
 
-    def fetch_failed(self, request: Request, reservations: Sequence[Reservation]) -> None:
-        """The request's gateway gives fetches up: the next waiters drive them, and the request fails."""
-        for reservation in reservations:
-            fetch = self.pool.fetches.find(reservation)
-            if isinstance(fetch, Fetch) and request in fetch.waiters:
-                error = DrystoneError(Reason.BLOCK_UNAVAILABLE, "a block could be had from no worker")
-                self._fail(request, error)
-                return
+    def fetch_failed(self, request: Request, reservations: Sequence[Reservation], error: DrystoneError) -> None:
+        """The request's gateway gives fetches up: the request fails, and the next waiters drive them."""
+        found = [self.pool.fetches.find(reservation) for reservation in reservations]
+        if any(isinstance(fetch, Fetch) and request in fetch.waiters for fetch in found):
+            self._fail(request, error)
+
+    async def watch_fetches(self) -> None:
+        """Has fetches that make no progress driven anew, by the next waiter's gateway, until cancelled."""
+        while True:
+            await asyncio.sleep(self._stall_seconds / 4)
+            now = time.monotonic()
+            for fetch in self.pool.fetches.all():
+                if not fetch.encoding and fetch not in self._to_encode and now - fetch.moved_at > self._stall_seconds:
+                    self._log.warning("fetch_stalled", key=fetch.key.hex(), waiters=len(fetch.waiters))
+                    fetch.waiters.append(fetch.waiters.pop(0))
+                    self._drive_anew(fetch)
 
     def committed(self, fetch: Fetch, *, shipped_bytes: int = 0, encode_ms: float = 0.0) -> None:
         """A block has arrived whole, from outside or from the engine thread."""
@@ -134,7 +153,9 @@ class Engine:
         try:
             while True:
                 self._admit()
-                if not await self._encode_one() and not await self._step():
+                # One of each in turn: blocks that are encoded here must not hold up those who generate.
+                encoded = await self._encode_one()
+                if not await self._step() and not encoded:
                     self._wake.clear()
                     await self._wake.wait()
         finally:
@@ -146,8 +167,11 @@ class Engine:
     def _admit(self) -> None:
         while self._waiting:
             request = self._waiting[0]
+            if self._no_room_at == (request, self.pool.version):
+                return  # nothing has been given back since it did not fit
             driven = self.pool.admit(request)
             if driven is None:
+                self._no_room_at = (request, self.pool.version)
                 return
             self._waiting.popleft()
             self._running.append(request)
@@ -184,16 +208,14 @@ class Engine:
             if fetch.waiters:
                 self.committed(fetch, encode_ms=(time.monotonic() - began) * 1e3)
             else:
-                self.pool.encoded_for_nobody(fetch)
+                self.pool.give_up(fetch)
             return True
         return False
 
     def _encode_failed(self, fetch: Fetch, error: Exception) -> None:
         self._log.error("encode_failed", key=fetch.key.hex(), exc_info=error)
         fetch.encoding = False
-        if not fetch.waiters:
-            self.pool.encoded_for_nobody(fetch)
-        for request in list(fetch.waiters):
+        for request in self.pool.give_up(fetch):
             self._fail(request, DrystoneError(Reason.BLOCK_UNAVAILABLE, f"a block could not be encoded: {error}"))
 
     async def _step(self) -> bool:
@@ -202,7 +224,7 @@ class Engine:
             return False
         self._in_step = {entry.request for entry in entries}
         try:
-            tokens = await self._on_thread(self._runner.run, entries)
+            outcomes = await self._on_thread(self._runner.run, entries)
         except Exception as error:  # noqa: BLE001 - whatever it was, only this step's requests fail
             self._log.error("step_failed", requests=len(entries), exc_info=error)
             for entry in entries:
@@ -211,14 +233,17 @@ class Engine:
         finally:
             self._release_after_step()
         self.steps_total += 1
-        for entry, token in zip(entries, tokens, strict=True):
+        for entry, outcome in zip(entries, outcomes, strict=True):
             if not entry.request.finished:
-                self._advance_or_fail(entry, token)
+                self._advance_or_fail(entry, outcome)
         return True
 
-    def _advance_or_fail(self, entry: StepEntry, token: int | None) -> None:
+    def _advance_or_fail(self, entry: StepEntry, outcome: Outcome) -> None:
         try:
-            self._advance(entry, token)
+            if isinstance(outcome, DrystoneError):
+                self._fail(entry.request, outcome)
+            else:
+                self._advance(entry, outcome)
         except Exception as error:  # noqa: BLE001 - a tokenizer may refuse what a model says; only this request fails
             self._log.error("advance_failed", request_id=entry.request.request_id, exc_info=error)
             self._fail(entry.request, DrystoneError(Reason.INTERNAL, f"a token could not be taken in: {error}"))
@@ -239,7 +264,8 @@ class Engine:
         request.generated.append(token)
         request.unread = [token]
         self.tokens_total += 1
-        request.sink(messages.tokens(request, [token], request.text.push(token)))
+        may_stop = len(request.generated) >= request.sampling.min_new_tokens
+        request.sink(messages.tokens(request, [token], request.text.push(token, may_stop=may_stop)))
         if request.text.matched_stop:
             self._finish(request, FinishReason.FINISH_REASON_STOP)
         elif len(request.generated) >= request.sampling.max_new_tokens:
@@ -256,6 +282,8 @@ class Engine:
         self._end(request)
 
     def _fail(self, request: Request, error: DrystoneError) -> None:
+        if request.finished:
+            return  # it ended while the step ran, and has had its last message
         self.failed_total += 1
         request.sink(messages.failed(request, error))
         self._end(request)
@@ -266,6 +294,8 @@ class Engine:
 
     def _end(self, request: Request) -> None:
         """The one way out: whatever a request holds is given back here, or after the step that uses it."""
+        if request.finished:
+            return
         if request.phase is Phase.WAITING:
             self._waiting.remove(request)
         elif request in self._running:

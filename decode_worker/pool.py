@@ -7,7 +7,7 @@ no request running ⇒ no pins, no reservations, and free + resident = all.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from decode_worker.arena import Arena, Extent
 from decode_worker.blocks import BlockTable, Pin
@@ -28,6 +28,11 @@ class Pool:
         self.arena = arena
         self.blocks = BlockTable(arena)
         self.fetches = FetchTable(arena, identity)
+
+    @property
+    def version(self) -> int:
+        """Rises whenever something is given back or arrives: before that, what did not fit does not fit."""
+        return self.arena.frees + self.blocks.changes
 
     def refuse_if_never(self, request: Request) -> None:
         """Raises when the request would not fit into an empty pool, saying what it needs and what there is."""
@@ -52,12 +57,26 @@ class Pool:
         blocks = {bytes(block.key): block for block in request.blocks}
         if not self._has_bytes_for(request, blocks):
             return None
-        driven = self._reserve(request, blocks)
-        if driven is None:
-            # Bytes suffice but no run does: only blocks in use may lie between the free runs of the second try.
+        driven = self._take(request, blocks)
+        if driven is None and self.blocks.evictable_records():
+            # Bytes suffice but no run does: its own blocks, which alone are left, lie in the way.
             while self.blocks.evict_one():
                 pass
-            driven = self._reserve(request, blocks)
+            driven = self._take(request, blocks)
+        return driven
+
+    def _take(self, request: Request, blocks: Mapping[bytes, BlockRef]) -> list[Fetch] | None:
+        # What is there is held first: room for the rest is never made at its cost.
+        missing = [ref for key, ref in blocks.items() if not self._hold(request, key, ref)]
+        # The second try begins with everything evicted that the first one had to evict on its way.
+        driven = self._reserve(request, missing)
+        if driven is None:
+            driven = self._reserve(request, missing)
+        if driven is None:
+            self._let_go(request)
+            return None
+        for fetch in driven:
+            self._wait(request, fetch)
         return driven
 
     def _has_bytes_for(self, request: Request, blocks: Mapping[bytes, BlockRef]) -> bool:
@@ -67,25 +86,27 @@ class Pool:
         room = self.arena.free_records + self.blocks.evictable_records(beside=blocks)
         return self.arena.shape.extent_records(tokens) <= room
 
-    def _reserve(self, request: Request, blocks: Mapping[bytes, BlockRef]) -> list[Fetch] | None:
-        # What is there is pinned first, so that room for the rest is never made at its cost.
-        missing = [ref for key, ref in blocks.items() if not self._hold(request, key, ref)]
-        driven: list[Fetch] = []
-        for ref in missing:
+    def _reserve(self, request: Request, missing: Sequence[BlockRef]) -> list[Fetch] | None:
+        """Takes extents for missing blocks, the longest first, and the tail; nothing when one cannot be had."""
+        extents: dict[bytes, Extent] = {}
+        for ref in sorted(missing, key=lambda ref: len(ref.token_ids), reverse=True):
             extent = self._allocate(len(ref.token_ids))
             if extent is None:
-                self._undo(request, driven)
-                return None
-            driven.append(self.fetches.open(bytes(ref.key), ref.token_ids, extent, store=ref.store))
-            self._wait(request, driven[-1])
-        tail = Tail.reserve(self.arena, request.question_start, request.tail_tokens)
-        while tail is None and self.blocks.evict_one():
+                break
+            extents[bytes(ref.key)] = extent
+        else:
             tail = Tail.reserve(self.arena, request.question_start, request.tail_tokens)
-        if tail is None:
-            self._undo(request, driven)
-            return None
-        request.tail = tail
-        return driven
+            while tail is None and self.blocks.evict_one():
+                tail = Tail.reserve(self.arena, request.question_start, request.tail_tokens)
+            if tail is not None:
+                request.tail = tail
+                return [
+                    self.fetches.open(bytes(ref.key), ref.token_ids, extents[bytes(ref.key)], store=ref.store)
+                    for ref in missing
+                ]
+        for extent in extents.values():
+            self.arena.free(extent)
+        return None
 
     def _hold(self, request: Request, key: bytes, ref: BlockRef) -> bool:
         """Pins a resident block or joins its fetch; False when it is neither here nor on its way."""
@@ -113,13 +134,11 @@ class Pool:
             extent = self.arena.allocate(tokens)
         return extent
 
-    def _undo(self, request: Request, driven: list[Fetch]) -> None:
-        for fetch in list(request.fetches):
+    def _let_go(self, request: Request) -> None:
+        for fetch in request.fetches:
             fetch.waiters.remove(request)
         request.fetches.clear()
         request.arrivals.clear()
-        for fetch in driven:
-            self.arena.free(self.fetches.close(fetch))
         request.release()
 
     def commit(self, fetch: Fetch) -> list[Request]:
@@ -148,9 +167,13 @@ class Pool:
         request.fetches.clear()
         return orphaned
 
-    def encoded_for_nobody(self, fetch: Fetch) -> None:
-        """Frees a fetch whose waiters all left while the engine thread filled it."""
+    def give_up(self, fetch: Fetch) -> list[Request]:
+        """Ends a fetch without a block, frees its extent, and returns those who waited for it."""
+        waiters, fetch.waiters = fetch.waiters, []
+        for request in waiters:
+            request.fetches.discard(fetch)
         self.arena.free(self.fetches.close(fetch))
+        return waiters
 
     def place(self, request: Request) -> None:
         """Lays the request's blocks into its prompt, in order."""

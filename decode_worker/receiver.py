@@ -6,6 +6,7 @@ the reserved extent; the checksum is computed over the extent, after that copy.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -71,9 +72,14 @@ class Receiver:
         """Binds to one address; returns it as a ZeroMQ endpoint."""
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # Messages queued for one peer: twice its credit in whole chunks, with room for headers.
+        self._socket.setsockopt(zmq.RCVHWM, 2 * PAIR_CREDIT_BYTES // CHUNK_BYTES + 64)
         # The largest frame that can be right; ZeroMQ drops a peer that sends more before allocating it.
         self._socket.setsockopt(zmq.MAXMSGSIZE, max(CHUNK_BYTES, self._shape.record_bytes) + MAX_HEADER_BYTES)
-        self._socket.bind(f"tcp://{host}:{port}")
+        try:
+            self._socket.bind(f"tcp://{host}:{port}")
+        except zmq.ZMQError as error:
+            raise OSError(f"cannot receive KV on {host}:{port}: {error}") from error
         return str(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
 
     def close(self) -> None:
@@ -157,8 +163,9 @@ class Receiver:
         if reason == _TAKEN and isinstance(found, Fetch):
             found.taken.add(chunk.chunk_index)
             found.received_bytes += chunk.length
-            self.received_bytes += chunk.length
+            found.moved_at = time.monotonic()
             if len(found.taken) == len(chunk_plan(self._shape, len(found.token_ids))):
+                self.received_bytes += found.received_bytes
                 self._committed(found, found.received_bytes)
                 return TransferHeader(committed=Committed(transfer_id=chunk.transfer_id))
         else:

@@ -103,6 +103,7 @@ class Fetch:
     Attributes:
         birth_id: Birth offered in this epoch; empty before the offer.
         taken: Chunks verified in this epoch.
+        moved_at: `time.monotonic()` of the last chunk taken, or of the last drive.
         encoding: True while the engine thread writes the extent; it is not freed until that ends.
     """
 
@@ -118,7 +119,7 @@ class Fetch:
     received_bytes: int = 0
     encoding: bool = False
     reserved_at: float = field(default_factory=time.monotonic)
-    driven_at: float = field(default_factory=time.monotonic)
+    moved_at: float = field(default_factory=time.monotonic)
 
     def restart(self) -> None:
         """Begins a new epoch: nothing that was taken before counts."""
@@ -126,4 +127,4 @@ class Fetch:
         self.birth_id = b""
         self.taken.clear()
         self.received_bytes = 0
-        self.driven_at = time.monotonic()
+        self.moved_at = time.monotonic()

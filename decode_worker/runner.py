@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
 from decode_worker.arena import Arena
+from decode_worker.attention.native import NativeKernel
 from decode_worker.request import Request
 from decode_worker.sampler import choose
 from decode_worker.scheduler import StepEntry
 from decode_worker.step import StepContext
 from shared.engine.served_model import ServedModel
+from shared.errors import DrystoneError, Reason
 
+# A token, None while the question goes on, or why this request alone cannot go on.
+Outcome = int | DrystoneError | None
 # Called with a request, its logits float32 [rows, vocab], and the global position of the first row.
 LogitTrace = Callable[[Request, torch.Tensor, int], None]
 
@@ -24,18 +29,22 @@ class Runner:
         model: Used by this object's thread alone.
         arena: Its extents are written only for requests of the running step.
         trace: For the exactness gate: sees the logits of every row. None in service.
+        kernel: The CPU kernel for decode steps; None takes the torch path for all.
     """
 
-    def __init__(self, model: ServedModel, arena: Arena, trace: LogitTrace | None = None) -> None:
+    def __init__(
+        self, model: ServedModel, arena: Arena, trace: LogitTrace | None = None, kernel: NativeKernel | None = None
+    ) -> None:
+        self._kernel = kernel
         self._model = model
         self._arena = arena
         self._trace = trace
 
     @torch.inference_mode()
-    def run(self, entries: Sequence[StepEntry]) -> list[int | None]:
-        """One step; the token of each entry, None for those whose question goes on."""
+    def run(self, entries: Sequence[StepEntry]) -> list[Outcome]:
+        """One step; the outcome of each entry."""
         spans = [entry.span for entry in entries]
-        context = StepContext(self._arena, self._model.geometry.layers, spans)
+        context = StepContext(self._arena, self._model.geometry.layers, spans, self._kernel)
         ends = torch.tensor([len(span.token_ids) for span in spans]).cumsum(0) - 1
         wanted = [index for index, entry in enumerate(entries) if entry.samples]
         keep = ends[wanted] if self._trace is None else torch.arange(int(ends[-1]) + 1)
@@ -43,7 +52,7 @@ class Runner:
         if self._trace is not None:
             self._show(entries, logits)
             logits = logits[ends[wanted]]
-        tokens: list[int | None] = [None] * len(entries)
+        tokens: list[Outcome] = [None] * len(entries)
         for row, index in enumerate(wanted):
             tokens[index] = _next_token(entries[index].request, logits[row])
         return tokens
@@ -58,7 +67,9 @@ class Runner:
             start = end
 
 
-def _next_token(request: Request, logits: torch.Tensor) -> int:
+def _next_token(request: Request, logits: torch.Tensor) -> int | DrystoneError:
+    if not math.isfinite(float(logits.max())):
+        return DrystoneError(Reason.INTERNAL, "the model's logits are not numbers; no token can be chosen from them")
     if len(request.generated) < request.sampling.min_new_tokens:
         logits[[token for token in request.stop_ids if token < len(logits)]] = float("-inf")
     return choose(logits, request.sampling, position=len(request.generated))

@@ -43,6 +43,7 @@ def choose(logits: torch.Tensor, sampling: SamplingParams, *, position: int, sam
         left = probabilities * keep
         before = left.cumsum(0) - left
         keep &= before < sampling.top_p * left.sum()
+    keep[0] = True  # whatever underflows, the most probable token stays
     kept = probabilities[keep].to(torch.float64)
     cumulative = kept.cumsum(0)
     draw = uniform(sampling.seed, sample_index, position) * float(cumulative[-1])

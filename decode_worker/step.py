@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from decode_worker.arena import Arena
+from decode_worker.attention.native import NativeKernel, Run
 from decode_worker.tail import SEGMENT_TOKENS, Tail
 from shared.engine.partials import causal_partial, dense_partial, masked_partial, merge_partials
 from shared.engine.probe import LayerGeometry
@@ -61,7 +62,13 @@ class _Piece:
 class StepContext:
     """Attention context of one step; built once, used by every layer, then dropped."""
 
-    def __init__(self, arena: Arena, layers: Sequence[LayerGeometry], spans: Sequence[RowSpan]) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        layers: Sequence[LayerGeometry],
+        spans: Sequence[RowSpan],
+        kernel: NativeKernel | None = None,
+    ) -> None:
         self._records = arena.records
         self._layers = layers
         device = arena.records.device
@@ -75,6 +82,9 @@ class StepContext:
         self._rows = torch.tensor([row for piece in self._pieces for row in piece.rows], device=device)
         self._bases = torch.tensor([base for piece in self._pieces for base in piece.bases], device=device)
         self._table = _merge_table(self._pieces, len(self.token_ids)).to(device)
+        self._kernel = kernel
+        self._runs = kernel.pieces(_runs(self._pieces), arena.shape.record_elements) if kernel is not None else None
+        self._most_rows = max(len(piece.rows) for piece in self._pieces)
         # Layers with equal rotations share one Rotation object (probe), hence identity as the key.
         self._angles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -82,6 +92,10 @@ class StepContext:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
         """Writes the rows' own KV into their tails, then attends to blocks and tails."""
+        if self._kernel is not None and self._runs is not None and window is None:
+            per_head = self._most_rows * q.shape[1] // k.shape[1]
+            if self._kernel.takes(q.dtype, q.shape[3], per_head):
+                return self._attend_natively(self._kernel, self._runs, layer, (q, k, v), scale)
         own = torch.cat((k[0], v[0]), dim=0).transpose(0, 1).reshape(k.shape[2], -1)
         self._records.index_copy_(0, self._slots + layer * SEGMENT_TOKENS, own)
         queries = self._stacked_queries(layer, q[0])
@@ -103,6 +117,29 @@ class StepContext:
             start = end
         merged = merge_partials(outs, lses, self._table)
         return merged.transpose(0, 1)[None].to(q.dtype)
+
+    def _attend_natively(
+        self,
+        kernel: NativeKernel,
+        runs: torch.Tensor,
+        layer: int,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        scale: float,
+    ) -> torch.Tensor:
+        rotation = self._layers[layer].rotation
+        return kernel.attend(
+            self._records,
+            layer,
+            qkv,
+            self._slots,
+            SEGMENT_TOKENS,
+            runs,
+            self._rows,
+            rotation,
+            self._tables(rotation),
+            self._table,
+            scale,
+        )
 
     def _stacked_queries(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         stacked = q[:, self._rows]
@@ -126,6 +163,14 @@ class StepContext:
         rows = self.positions[self._rows[start:end]][:, None]
         keys = self._bases[start:end, None] + torch.arange(piece.kv.shape[1], device=rows.device)
         return (rows - keys < window) & (rows >= keys)
+
+
+def _runs(pieces: Sequence[_Piece]) -> list[Run]:
+    runs, first = [], 0
+    for piece in pieces:
+        runs.append(Run(piece.kv, first, len(piece.rows), piece.causal))
+        first += len(piece.rows)
+    return runs
 
 
 def _block_pieces(spans: Sequence[RowSpan]) -> list[_Piece]:

@@ -31,12 +31,17 @@ class TextStream:
         self._held = ""
         self.matched_stop = ""
 
-    def push(self, token_id: int) -> str:
-        """Text that is now certain to belong to the answer. Sets `matched_stop` when one is complete."""
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+        """Text that is now certain to belong to the answer.
+
+        Sets `matched_stop` when a stop string is complete; without `may_stop` none is looked for.
+        """
         piece = self._stream.step(self._tokenizer, token_id)
         if not piece:
             return ""
         self._held += piece
+        if not may_stop:
+            return self.finish()
         found = _earliest(self._held, self._stop)
         if found is not None:
             start, self.matched_stop = found

@@ -69,7 +69,7 @@ def _settings(settings: type[ProcessSettings], base: type[ProcessSettings] | Non
     own = {name: field for name, field in settings.model_fields.items() if name not in inherited}
     rows = (
         [
-            f"`{_flag(name, field)}`",
+            _flag(name, field),
             f"`DRYSTONE_{name.upper()}`",
             _default(name, field),
             _values(field),

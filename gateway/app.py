@@ -12,13 +12,15 @@ from drystone.v1 import generation_pb2, operations_pb2
 from drystone.v1.generation_pb2_grpc import add_GenerationServicer_to_server
 from drystone.v1.operations_pb2_grpc import add_OperationsServicer_to_server
 from gateway.cluster import Cluster
+from gateway.fetcher import FetchPolicy
 from gateway.operations import OperationsService
+from gateway.planning import Planning
 from gateway.prompt import PromptLimits, PromptTokenizer, TemplateDefaults
-from gateway.relay import FetchPolicy
 from gateway.service import GenerationService
 from gateway.settings import GatewaySettings
 from shared import logs
 from shared.metrics import HISTOGRAMS, Metrics
+from shared.model.fingerprint import tokenizer_fingerprint
 from shared.rpc.server import RpcServer
 from shared.runtime import cancelled, host_name
 
@@ -37,6 +39,7 @@ class GatewayApp:
     def __init__(self, settings: GatewaySettings, folder: Path, name: str) -> None:
         self._settings = settings
         self._tokenizer = PromptTokenizer(folder)
+        self._tokenizer_fingerprint = tokenizer_fingerprint(folder)
         self._name = name
         self._defaults = TemplateDefaults(
             name=settings.template,
@@ -51,12 +54,17 @@ class GatewayApp:
     async def start(self) -> dict[str, str]:
         """Serves; ready once a decode worker is. Returns addresses."""
         settings = self._settings
-        self.cluster = Cluster(self._name, settings.decode_workers, settings.prefill_workers, settings.poll_seconds)
+        self.cluster = Cluster(
+            self._name,
+            settings.decode_workers,
+            settings.prefill_workers,
+            poll_seconds=settings.poll_seconds,
+            tokenizer_fingerprint=self._tokenizer_fingerprint,
+        )
         self._metrics = Metrics(self._figures, HISTOGRAMS)
-        self.generation = GenerationService(
+        planning = Planning(
             self.cluster,
             self._tokenizer,
-            self._metrics,
             limits=PromptLimits(
                 max_documents=settings.max_documents,
                 max_blocks=settings.max_documents + 1,
@@ -68,9 +76,14 @@ class GatewayApp:
                 max_stop_strings=settings.max_stop_strings,
             ),
             defaults=self._defaults,
+            default_timeout_seconds=settings.default_timeout_seconds,
+        )
+        self.generation = GenerationService(
+            self.cluster,
+            planning,
+            self._metrics,
             policy=FetchPolicy(settings.fetch_attempts, settings.fetch_timeout_seconds),
             max_requests=settings.max_requests,
-            default_timeout_seconds=settings.default_timeout_seconds,
         )
         self._operations = OperationsService(self.cluster, self.generation, f"gateway@{host_name()}")
 

@@ -4,77 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import grpc
 
 from drystone.v1.operations_pb2 import ProcessRole, ProcessState, ProcessStatus
+from gateway.worker import Worker
 from shared import logs
+from shared.enums import enum_name
 from shared.errors import DrystoneError, Reason
 from shared.internal.v1 import worker_pb2
 from shared.internal.v1.common_pb2 import Compatibility
-from shared.internal.v1.decode_pb2_grpc import DecodeStub
-from shared.internal.v1.prefill_pb2_grpc import PrefillStub
 from shared.internal.v1.worker_pb2_grpc import WorkerStub
-from shared.kv.keys import KeySpace
 from shared.rpc.channel import open_channel
-
-if TYPE_CHECKING:
-    # Names that exist in the type stubs alone.
-    from shared.internal.v1.decode_pb2_grpc import DecodeAsyncStub
-    from shared.internal.v1.prefill_pb2_grpc import PrefillAsyncStub
 
 _LOOK_SECONDS = 3.0
 _TOO_EARLY = "no decode worker to compare with yet"
-_REMEMBERED_KEYS = 65536
-
-
-@dataclass(slots=True, eq=False)
-class Worker:
-    """One worker as the gateway sees it.
-
-    Attributes:
-        load: Requests (decode) or blocks (prefill) of this gateway that are under way on it.
-        resident: Keys that it was last known to hold: soft state, the worker's own answer is what counts.
-    """
-
-    address: str
-    role: ProcessRole.ValueType
-    channel: grpc.aio.Channel
-    info: worker_pb2.GetInfoResponse | None = None
-    status: ProcessStatus = field(default_factory=ProcessStatus)
-    detail: str = "not looked at yet"
-    load: int = 0
-    resident: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
-
-    @property
-    def usable(self) -> bool:
-        """True while it may be given work."""
-        return not self.detail
-
-    @property
-    def worker_id(self) -> str:
-        """Its id, or its address before it has said one."""
-        return self.info.worker.worker_id if self.info is not None else self.address
-
-    def decode(self) -> DecodeAsyncStub:
-        """Stub of its Decode service."""
-        return DecodeStub(self.channel)
-
-    def prefill(self) -> PrefillAsyncStub:
-        """Stub of its Prefill service."""
-        return PrefillStub(self.channel)
-
-    def remember(self, keys: Sequence[tuple[bytes, int]]) -> None:
-        """Notes that blocks (key, tokens) are resident on it now."""
-        for key, tokens in keys:
-            self.resident[key] = tokens
-            self.resident.move_to_end(key)
-        while len(self.resident) > _REMEMBERED_KEYS:
-            self.resident.popitem(last=False)
+_DIFFERS = "differs from the other workers in "
+_OTHER_TOKENIZER = "differs from the gateway in tokenizer_fingerprint"
+_SAME_ID = "has the worker id of "
+# What may have changed when all have answered: who is held against whom depends on who answered first.
+_TO_JUDGE_AGAIN = (_TOO_EARLY, _DIFFERS, _SAME_ID)
 
 
 class Cluster:
@@ -85,18 +35,27 @@ class Cluster:
         decode: Addresses of decode workers.
         prefill: Addresses of prefill workers.
         poll_seconds: Time between looks.
+        tokenizer_fingerprint: Of the tokenizer that makes this gateway's token ids.
     """
 
-    def __init__(self, model_name: str, decode: Sequence[str], prefill: Sequence[str], poll_seconds: float) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        decode: Sequence[str],
+        prefill: Sequence[str],
+        *,
+        poll_seconds: float,
+        tokenizer_fingerprint: bytes,
+    ) -> None:
         self.model_name = model_name
         self._poll_seconds = poll_seconds
+        self._tokenizer_fingerprint = tokenizer_fingerprint
         roles = ProcessRole.PROCESS_ROLE_DECODE, ProcessRole.PROCESS_ROLE_PREFILL
         self.workers = [
             Worker(address, role, open_channel(address))
             for role, addresses in zip(roles, (decode, prefill), strict=True)
             for address in addresses
         ]
-        self._looked = asyncio.Event()
         self._log = logs.get("cluster")
         self.compatibility: Compatibility | None = None
 
@@ -119,11 +78,6 @@ class Cluster:
         states = "; ".join(f"{w.worker_id}: {w.detail or 'ready'}" for w in self.workers) or "none is configured"
         raise DrystoneError(Reason.NO_DECODE_WORKER, f"no decode worker is ready ({states})", retry_after_ms=1000)
 
-    def key_space(self, tenant_salt: bytes = b"") -> KeySpace:
-        """What block keys of this model are made of."""
-        ours = self.info.compatibility
-        return KeySpace(ours.model_fingerprint, ours.dtype, ours.layout_version, ours.rope_regime, tenant_salt)
-
     async def run(self) -> None:
         """Looks at every worker until cancelled."""
         while True:
@@ -133,8 +87,9 @@ class Cluster:
     async def look(self) -> None:
         """Looks at every worker once, at the same time."""
         await asyncio.gather(*(self._look_at(worker) for worker in self.workers))
+        # Who answered before a decode worker that sets another kind was held against the old one.
         for worker in self.workers:
-            if worker.detail == _TOO_EARLY and worker.info is not None:
+            if worker.detail.startswith(_TO_JUDGE_AGAIN) and worker.info is not None:
                 self._judge(worker, worker.info, worker.status)
 
     async def close(self) -> None:
@@ -150,6 +105,8 @@ class Cluster:
             answer = await stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=_LOOK_SECONDS)
         except grpc.aio.AioRpcError as error:
             self._set_detail(worker, f"does not answer: {error.code().name} after {time.monotonic() - began:.1f} s")
+        except Exception as error:  # noqa: BLE001 - whatever it was, only this worker is left out
+            self._cannot_be_judged(worker, error)
         else:
             self._judge(worker, info, answer.status)
 
@@ -160,16 +117,34 @@ class Cluster:
         worker.detail = detail
 
     def _judge(self, worker: Worker, info: worker_pb2.GetInfoResponse, status: ProcessStatus) -> None:
-        if worker.info is not None and worker.info.worker.incarnation != info.worker.incarnation:
-            worker.resident.clear()
-        worker.info, worker.status = info, status
+        try:
+            if worker.info is not None and worker.info.worker.incarnation != info.worker.incarnation:
+                worker.resident.clear()
+            worker.info, worker.status = info, status
+            self._set_detail(worker, self._verdict(worker, info, status))
+        except Exception as error:  # noqa: BLE001 - whatever it was, only this worker is left out
+            self._cannot_be_judged(worker, error)
+
+    def _cannot_be_judged(self, worker: Worker, error: Exception) -> None:
+        self._log.error("look_failed", address=worker.address, exc_info=error)
+        self._set_detail(worker, f"cannot be judged: {type(error).__name__}: {error}")
+
+    def _verdict(self, worker: Worker, info: worker_pb2.GetInfoResponse, status: ProcessStatus) -> str:
+        """Why a worker may not be used, or nothing."""
         if info.role != worker.role:
-            detail = f"is a {ProcessRole.Name(info.role)}"
-        elif status.state != ProcessState.PROCESS_STATE_READY:
-            detail = ProcessState.Name(status.state).removeprefix("PROCESS_STATE_").lower()
-        else:
-            detail = self._differs(worker, info)
-        self._set_detail(worker, detail)
+            return f"is a {enum_name(ProcessRole, info.role)}"
+        if status.state != ProcessState.PROCESS_STATE_READY:
+            return enum_name(ProcessState, status.state).removeprefix("PROCESS_STATE_").lower()
+        for other in self.workers:
+            if (
+                other is not worker
+                and other.usable
+                and (other.role, other.worker_id) == (worker.role, worker.worker_id)
+            ):
+                return f"{_SAME_ID}{other.address}"
+        if info.tokenizer_fingerprint != self._tokenizer_fingerprint:
+            return _OTHER_TOKENIZER
+        return self._differs(worker, info)
 
     def _differs(self, worker: Worker, info: worker_pb2.GetInfoResponse) -> str:
         """Says in which field a worker differs from those in use, or nothing.
@@ -183,7 +158,7 @@ class Cluster:
             return _TOO_EARLY
         for field_ in Compatibility.DESCRIPTOR.fields:
             if getattr(info.compatibility, field_.name) != getattr(self.compatibility, field_.name):
-                return f"differs from the other workers in {field_.name}"
+                return f"{_DIFFERS}{field_.name}"
         return ""
 
     def statuses(self) -> list[ProcessStatus]:

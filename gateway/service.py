@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import secrets
 import time
@@ -13,28 +12,15 @@ import grpc
 
 from drystone.v1 import generation_pb2 as v1
 from drystone.v1.generation_pb2_grpc import GenerationServicer
-from drystone.v1.prompt_pb2 import Attention
-from gateway.accounting import planned_blocks
 from gateway.cluster import Cluster
-from gateway.fetcher import token_ids_of
-from gateway.prompt import (
-    PromptLimits,
-    PromptPlanner,
-    PromptTokenizer,
-    TemplateDefaults,
-    block_keys_in,
-    filled_sampling,
-    validate,
-)
-from gateway.relay import FetchPolicy, relay
-from gateway.ticket import Ticket
+from gateway.fetcher import FetchPolicy
+from gateway.planning import Planning
+from gateway.relay import relay
 from shared import logs
 from shared.errors import DrystoneError, Reason, not_in_this_version
-from shared.internal.v1.common_pb2 import BlockRef
 from shared.metrics import Metrics
 
 Context = grpc.aio.ServicerContext[Any, Any]
-_SEED_BITS = 63
 
 
 class GenerationService(GenerationServicer):
@@ -42,35 +28,26 @@ class GenerationService(GenerationServicer):
 
     Args:
         cluster: The workers.
-        tokenizer: Of the served model.
+        planning: Makes tickets of requests.
         metrics: Observes latencies.
-        limits: Upper bounds of a request.
-        defaults: Template defaults.
         policy: How hard fetches are tried.
         max_requests: Requests served at once.
-        default_timeout_seconds: Time of a request whose caller set none.
     """
 
     def __init__(
         self,
         cluster: Cluster,
-        tokenizer: PromptTokenizer,
+        planning: Planning,
         metrics: Metrics,
         *,
-        limits: PromptLimits,
-        defaults: TemplateDefaults,
         policy: FetchPolicy,
         max_requests: int,
-        default_timeout_seconds: float,
     ) -> None:
         self._cluster = cluster
-        self._tokenizer = tokenizer
+        self._planning = planning
         self._metrics = metrics
-        self._limits = limits
-        self._defaults = defaults
         self._policy = policy
         self._max_requests = max_requests
-        self._default_timeout = default_timeout_seconds
         self._log = logs.get("generation")
         self.running = self.total = self.failed = 0
 
@@ -85,8 +62,9 @@ class GenerationService(GenerationServicer):
         self.running += 1
         try:
             with logs.request_scope(request_id, traceparent):
-                ticket = await self._ticket(request, request_id, traceparent, arrived, context.time_remaining())
-                yield self._started(ticket)
+                self._check_model(request.model)
+                left = context.time_remaining()
+                ticket = await self._planning.ticket(request, request_id, traceparent, arrived, left)
                 # Closed here and not by the garbage collector: leaving must cancel at once.
                 async with contextlib.aclosing(relay(ticket, self._cluster, self._policy, self._metrics)) as events:
                     async for event in events:
@@ -118,43 +96,6 @@ class GenerationService(GenerationServicer):
                 retry_after_ms=1000,
             )
 
-    async def _ticket(
-        self, request: v1.GenerateRequest, request_id: str, traceparent: str, arrived: float, left: float | None
-    ) -> Ticket:
-        validate(request, self._limits)
-        self._check_model(request.model)
-        known = await token_ids_of(self._cluster, block_keys_in(request))
-        planner = self.planner()
-        plan = await asyncio.to_thread(planner.plan, request, known)
-        keys = self._cluster.key_space()
-        refs = tuple(
-            BlockRef(key=keys.key(block.token_ids), token_ids=block.token_ids, store=block.store)
-            for block in plan.blocks
-        )
-        seed = request.sampling.seed if request.sampling.HasField("seed") else secrets.randbits(_SEED_BITS)
-        asked = [seconds for seconds in (left, request.timeout_ms / 1e3) if seconds]
-        timeout = min(asked, default=self._default_timeout)
-        return Ticket(
-            request_id=request_id,
-            traceparent=traceparent,
-            plan=plan,
-            refs=refs,
-            sampling=filled_sampling(request, seed),
-            arrived=arrived,
-            planned=time.monotonic(),
-            deadline=arrived + timeout,
-            priority=request.priority,
-        )
-
-    def planner(self) -> PromptPlanner:
-        """A planner for the context that the decode workers serve now."""
-        return PromptPlanner(
-            self._tokenizer,
-            context_tokens=self._cluster.info.context_tokens,
-            limits=self._limits,
-            defaults=self._defaults,
-        )
-
     def _check_model(self, name: str) -> None:
         if name not in ("", self._cluster.model_name):
             raise DrystoneError(
@@ -163,21 +104,6 @@ class GenerationService(GenerationServicer):
                 field="model",
                 metadata={"value": name, "served": self._cluster.model_name},
             )
-
-    def _started(self, ticket: Ticket) -> v1.GenerateResponse:
-        return v1.GenerateResponse(
-            started=v1.Started(
-                request_id=ticket.request_id,
-                model=self._cluster.model_name,
-                model_fingerprint=self._cluster.info.compatibility.model_fingerprint.hex(),
-                seed=ticket.sampling.seed,
-                prompt_tokens=ticket.plan.prompt_tokens,
-                truncated_tokens=ticket.plan.truncated_tokens,
-                dropped_documents=ticket.plan.dropped_documents,
-                blocks=planned_blocks(ticket),
-                attention=Attention.ValueType(ticket.plan.attention),
-            )
-        )
 
     async def GetModel(self, request: v1.GetModelRequest, context: Context) -> v1.GetModelResponse:
         """What the served model is and what it takes."""
@@ -189,7 +115,7 @@ class GenerationService(GenerationServicer):
             dtype=info.compatibility.dtype,
             context_tokens=info.context_tokens,
             kv_bytes_per_token=info.kv_bytes_per_token,
-            template=self.planner().template_name,
+            template=self._planning.planner(info).template_name,
             sliding_window_layers=info.sliding_window_layers,
         )
 

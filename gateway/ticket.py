@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from drystone.v1 import generation_pb2 as v1
 from drystone.v1.sampling_pb2 import SamplingParams
 from gateway.prompt import PlannedPrompt
-from shared.internal.v1.common_pb2 import BlockRef
+from shared.internal.v1.common_pb2 import BlockRef, Compatibility
+from shared.kv.keys import KeySpace
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,9 @@ class Ticket:
     """A planned request.
 
     Attributes:
+        model: Name of the model.
+        compatibility: The KV that the request was planned for; only workers of the same kind take part.
+        keys: What its block keys were made of.
         refs: Blocks with their keys, in prompt order.
         arrived: `time.monotonic()` of its arrival.
         deadline: `time.monotonic()` of its end.
@@ -22,6 +26,9 @@ class Ticket:
 
     request_id: str
     traceparent: str
+    model: str
+    compatibility: Compatibility
+    keys: KeySpace
     plan: PlannedPrompt
     refs: tuple[BlockRef, ...]
     sampling: SamplingParams

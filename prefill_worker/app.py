@@ -54,7 +54,7 @@ class PrefillApp:
         """Serves; returns addresses."""
         settings = self._settings
         shape = self.model.geometry.shape
-        self.encoder = Encoder(self.model, self.store, settings.max_queued_blocks)
+        self.encoder = Encoder(self.model, self.store, settings.max_queued_blocks, settings.max_unshipped_bytes)
         self.shipper = Shipper(self.identity, compatibility_of(self.model), shape, settings.ship_timeout_seconds)
         prefill = PrefillService(self.model, self.store, self.encoder, self.shipper, settings.default_timeout_seconds)
         self._worker = WorkerService(

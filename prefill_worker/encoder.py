@@ -24,7 +24,11 @@ from shared.kv.birth import make_birth
 
 @dataclass(slots=True, eq=False)
 class Encoding:
-    """One block in the queue or on the thread; `interested` requests wait for `done`."""
+    """One block in the queue, on the thread, or on its way; `interested` requests want it.
+
+    Attributes:
+        held_bytes: Bytes of the extent, from its making until the last of them has left.
+    """
 
     key: bytes
     token_ids: tuple[int, ...]
@@ -34,15 +38,21 @@ class Encoding:
     queued_at: float = field(default_factory=time.monotonic)
     queue_ms: float = 0.0
     encode_ms: float = 0.0
+    held_bytes: int = 0
 
 
 class Encoder:
     """Encodes blocks on one thread. All state belongs to the event loop."""
 
-    def __init__(self, model: ServedModel, store: RamStore, max_queued: int) -> None:
+    def __init__(
+        self, model: ServedModel, store: RamStore, max_queued: int, max_unshipped_bytes: int = 1 << 30
+    ) -> None:
         self._model = model
         self._store = store
         self._max_queued = max_queued
+        self._max_unshipped_bytes = max_unshipped_bytes
+        self._unshipped_bytes = 0
+        self._room = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self._queue: asyncio.Queue[Encoding] = asyncio.Queue()
         self._open: dict[bytes, Encoding] = {}
@@ -82,14 +92,23 @@ class Encoder:
         return encoding, shared
 
     def leave(self, encoding: Encoding) -> None:
-        """A request has what it wanted, or gave up; an encoding that nobody wants is not begun."""
+        """A request has shipped what it wanted, or gave up; an encoding that nobody wants is not begun."""
         encoding.interested -= 1
+        if not encoding.interested:
+            self._unshipped_bytes -= encoding.held_bytes
+            encoding.held_bytes = 0
+            self._room.set()
 
     async def run(self) -> None:
         """Encodes until cancelled; what is then open fails."""
         try:
             while True:
-                await self._encode(await self._queue.get())
+                encoding = await self._queue.get()
+                # Extents that wait for a slow decode worker must not pile up: no more are made until some have left.
+                while self._unshipped_bytes > self._max_unshipped_bytes:
+                    self._room.clear()
+                    await self._room.wait()
+                await self._encode(encoding)
         finally:
             for encoding in self._open.values():
                 _fail(encoding, DrystoneError(Reason.DRAINING, "the prefill worker is stopping"))
@@ -115,10 +134,12 @@ class Encoder:
             self.seconds_total += seconds
             if encoding.store:
                 self._store.put(block)
+            if encoding.interested:
+                encoding.held_bytes = block.bytes
+                self._unshipped_bytes += block.bytes
             if not encoding.done.done():
                 encoding.done.set_result(block)
-        finally:
-            self._open.pop(encoding.key, None)
+        del self._open[encoding.key]
 
     def _run(self, encoding: Encoding) -> StoredBlock:
         tokens = len(encoding.token_ids)

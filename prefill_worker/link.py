@@ -19,6 +19,7 @@ import zmq.asyncio
 from prefill_worker.encoder import raw_bytes
 from prefill_worker.store import StoredBlock
 from shared import logs
+from shared.enums import enum_name
 from shared.errors import DrystoneError, Reason
 from shared.internal.v1.common_pb2 import Compatibility, Reservation, WorkerIdentity
 from shared.internal.v1.transfer_pb2 import (
@@ -43,9 +44,9 @@ _ENDED = frozenset(
     {
         RefusalReason.REFUSAL_REASON_UNKNOWN_RESERVATION,
         RefusalReason.REFUSAL_REASON_STALE_EPOCH,
-        RefusalReason.REFUSAL_REASON_REPEATED,
     }
 )
+_TAKEN = frozenset({RefusalReason.REFUSAL_REASON_UNSPECIFIED, RefusalReason.REFUSAL_REASON_REPEATED})
 _RESENDABLE = frozenset({RefusalReason.REFUSAL_REASON_CHECKSUM, RefusalReason.REFUSAL_REASON_SHAPE})
 
 
@@ -76,11 +77,17 @@ class Link:
     """The sending end of one pair. Opened by its first transfer, closed by its owner."""
 
     def __init__(self, context: zmq.asyncio.Context, address: str, shape: KvShape, timeout_seconds: float) -> None:
+        if not address.startswith("tcp://"):
+            raise LinkBrokenError(f"{address[:200]!r} is no tcp:// address")
         self._shape = shape
         self._timeout = timeout_seconds
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(address)
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            self._socket.close(0)
+            raise LinkBrokenError(f"cannot connect to {address[:200]!r}: {error}") from error
         self._numbers = itertools.count(1)
         self._transfers: dict[int, _Transfer] = {}
         self._credit = 0
@@ -118,7 +125,7 @@ class Link:
             await cancelled(self._reader)
         self._socket.close(0)
         for transfer in self._transfers.values():
-            transfer.replies.put_nowait(Refused(message="the link was closed"))
+            transfer.replies.put_nowait(Refused(message="closed on this side"))
 
     async def ship(self, block: StoredBlock, reservation: Reservation) -> Shipped:
         """Sends an extent and waits for its commit.
@@ -144,14 +151,18 @@ class Link:
                     if isinstance(reply, Committed):
                         return Shipped(sent, resent)
                     if isinstance(reply, Refused):
-                        raise _refused(reply.reason, reply.message)
-                    await self._give_credit(outstanding.pop(reply.chunk_index, 0))
-                    if reply.refusal == RefusalReason.REFUSAL_REASON_UNSPECIFIED:
+                        raise _refused(reply.reason, reply.message) if reply.transfer_id else _broken(reply)
+                    if reply.chunk_index not in outstanding:
+                        continue  # said before
+                    await self._give_credit(outstanding.pop(reply.chunk_index))
+                    if reply.refusal in _TAKEN:
                         continue
                     resent += 1
                     if reply.refusal not in _RESENDABLE or resent > _MAX_RESENDS:
                         raise _refused(reply.refusal, reply.message)
                     todo.insert(0, reply.chunk_index)
+            except zmq.ZMQError as error:
+                raise LinkBrokenError(f"the link was closed: {error}") from error
             finally:
                 # However it ended, answers to what is still out there will find no transfer.
                 await self._give_credit(sum(outstanding.values()))
@@ -223,9 +234,12 @@ class Link:
         async for header in self._headers():
             kind = header.WhichOneof("message")
             reply = getattr(header, kind or "pong")
-            transfer = self._transfers.get(getattr(reply, "transfer_id", 0))
-            if transfer is not None and isinstance(reply, ChunkResult | Committed | Refused):
-                transfer.replies.put_nowait(reply)
+            if not isinstance(reply, ChunkResult | Committed | Refused):
+                continue
+            for number, transfer in self._transfers.items():
+                # A refusal of transfer 0 is one of the whole pair.
+                if reply.transfer_id in (number, 0):
+                    transfer.replies.put_nowait(reply)
 
     async def _headers(self) -> AsyncIterator[TransferHeader]:
         while True:
@@ -235,7 +249,12 @@ class Link:
                 self._log.warning("malformed_reply", detail=str(error))
 
 
+def _broken(refused: Refused) -> LinkBrokenError:
+    name = enum_name(RefusalReason, refused.reason).removeprefix("REFUSAL_REASON_")
+    return LinkBrokenError(f"the decode worker refused the link: {name}: {refused.message}")
+
+
 def _refused(reason: RefusalReason.ValueType, message: str) -> DrystoneError:
-    name = RefusalReason.Name(reason).removeprefix("REFUSAL_REASON_")
+    name = enum_name(RefusalReason, reason).removeprefix("REFUSAL_REASON_")
     kind = Reason.RESERVATION_ENDED if reason in _ENDED else Reason.TRANSFER_FAILED
     return DrystoneError(kind, f"the decode worker refused a block: {name}: {message}", metadata={"refusal": name})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -18,6 +19,8 @@ from shared.errors import DrystoneError, Reason, deadline_exceeded, not_in_this_
 from shared.internal.v1 import prefill_pb2 as pb
 from shared.internal.v1.common_pb2 import BlockFailure, KvEndpoint, ShipSource
 from shared.internal.v1.prefill_pb2_grpc import PrefillServicer
+from shared.kv.checks import check_block
+from shared.kv.keys import KeySpace
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -33,6 +36,7 @@ class PrefillService(PrefillServicer):
         self._encoder = encoder
         self._shipper = shipper
         self._default_timeout = default_timeout_seconds
+        self._keys = model.key_space()
         self._log = logs.get("prefill")
 
     async def EncodeBlocks(
@@ -42,9 +46,10 @@ class PrefillService(PrefillServicer):
         if bytes(request.model_fingerprint) != self._model.fingerprint:
             raise DrystoneError(Reason.MODEL_CHANGED, "the gateway's keys are of another model than this worker's")
         timeout = request.time_left_ms / 1e3 if request.time_left_ms else self._default_timeout
+        keys = replace(self._keys, tenant_salt=request.tenant_salt)
         with logs.request_scope(request.request_id, request.traceparent):
             self._log.info("encode", jobs=len(request.jobs))
-            tasks = [asyncio.create_task(self._outcome(job, request.endpoint, timeout)) for job in request.jobs]
+            tasks = [asyncio.create_task(self._outcome(job, request.endpoint, keys, timeout)) for job in request.jobs]
             try:
                 for ended in asyncio.as_completed(tasks):
                     yield await ended
@@ -53,14 +58,19 @@ class PrefillService(PrefillServicer):
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _outcome(self, job: pb.EncodeJob, endpoint: KvEndpoint, seconds: float) -> pb.EncodeBlocksResponse:
+    async def _outcome(
+        self, job: pb.EncodeJob, endpoint: KvEndpoint, keys: KeySpace, seconds: float
+    ) -> pb.EncodeBlocksResponse:
         try:
             async with asyncio.timeout(seconds):
-                return pb.EncodeBlocksResponse(done=await self._run(job, endpoint))
+                return pb.EncodeBlocksResponse(done=await self._run(job, endpoint, keys))
         except TimeoutError:
             error = deadline_exceeded("encoding and shipping a block")
         except DrystoneError as caught:
             error = caught
+        except Exception as defect:  # noqa: BLE001 - one block's defect must not end the others of its request
+            self._log.error("job_defect", key=job.block.key.hex(), exc_info=defect)
+            error = DrystoneError(Reason.INTERNAL, f"a block could not be encoded or shipped: {defect}")
         self._log.warning("job_failed", key=job.block.key.hex(), reason=error.reason, detail=error.message)
         failure = BlockFailure(
             key=job.block.key,
@@ -71,32 +81,33 @@ class PrefillService(PrefillServicer):
         )
         return pb.EncodeBlocksResponse(failed=failure)
 
-    async def _run(self, job: pb.EncodeJob, endpoint: KvEndpoint) -> pb.BlockDone:
+    async def _run(self, job: pb.EncodeJob, endpoint: KvEndpoint, keys: KeySpace) -> pb.BlockDone:
         done = pb.BlockDone(key=job.block.key)
-        block = await self._obtain(job, done)
+        stored = self._store.get(job.block.key)
+        if stored is not None:
+            done.source = ShipSource.SHIP_SOURCE_RAM
+            await self._ship(stored, job, endpoint, done)
+            return done
+        if not job.block.token_ids:
+            raise DrystoneError(Reason.UNKNOWN_BLOCK_KEY, f"this worker does not hold block {job.block.key.hex()}")
+        check_block(job.block, keys, self._model.vocabulary_size)
+        encoding, shared = self._encoder.request(job.block.key, job.block.token_ids, store=job.block.store)
+        try:
+            block = await asyncio.shield(encoding.done)
+            done.source = ShipSource.SHIP_SOURCE_SHARED_ENCODE if shared else ShipSource.SHIP_SOURCE_ENCODED
+            done.encode_ms, done.queue_ms = (0.0 if shared else encoding.encode_ms), encoding.queue_ms
+            await self._ship(block, job, endpoint, done)
+        finally:
+            self._encoder.leave(encoding)
+        return done
+
+    async def _ship(self, block: StoredBlock, job: pb.EncodeJob, endpoint: KvEndpoint, done: pb.BlockDone) -> None:
         done.birth_id = block.birth.birth_id
         if job.HasField("reservation"):
             began = time.monotonic()
             shipped = await self._shipper.ship(block, job.reservation, endpoint)
             done.ship_ms = (time.monotonic() - began) * 1e3
             done.shipped_bytes, done.chunks_resent = shipped.bytes, shipped.chunks_resent
-        return done
-
-    async def _obtain(self, job: pb.EncodeJob, done: pb.BlockDone) -> StoredBlock:
-        stored = self._store.get(job.block.key)
-        if stored is not None:
-            done.source = ShipSource.SHIP_SOURCE_RAM
-            return stored
-        if not job.block.token_ids:
-            raise DrystoneError(Reason.UNKNOWN_BLOCK_KEY, f"this worker does not hold block {job.block.key.hex()}")
-        encoding, shared = self._encoder.request(job.block.key, job.block.token_ids, store=job.block.store)
-        try:
-            block = await asyncio.shield(encoding.done)
-        finally:
-            self._encoder.leave(encoding)
-        done.source = ShipSource.SHIP_SOURCE_SHARED_ENCODE if shared else ShipSource.SHIP_SOURCE_ENCODED
-        done.encode_ms, done.queue_ms = (0.0 if shared else encoding.encode_ms), encoding.queue_ms
-        return block
 
     async def DescribeBlocks(self, request: pb.DescribeStoredRequest, context: Context) -> pb.DescribeStoredResponse:
         """Stored blocks."""

@@ -12,6 +12,9 @@ class PrefillSettings(WorkerSettings):
 
     store_bytes: int = Field(1 << 30, ge=0, description="Memory for encoded blocks, in bytes.")
     max_queued_blocks: int = Field(4096, ge=1, description="Blocks that may wait to be encoded.")
+    max_unshipped_bytes: int = Field(
+        1 << 30, ge=1 << 20, description="Bytes of encoded blocks that may wait to be shipped before encoding pauses."
+    )
     ship_timeout_seconds: float = Field(30.0, gt=0, description="Longest time without progress of a transfer.")
     default_timeout_seconds: float = Field(
         300.0, gt=0, description="Time of a request whose caller set no deadline, in seconds."

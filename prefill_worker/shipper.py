@@ -31,8 +31,11 @@ class Shipper:
         """Ships a block; a link that failed is closed, so that the next transfer makes a new one."""
         name = (endpoint.zmq_address, reservation.worker.incarnation)
         opening = self._links.get(name)
-        if opening is None:
-            opening = self._links[name] = asyncio.create_task(self._open(endpoint, reservation.worker))
+        if opening is None or _has_failed(opening):
+            await self._close_predecessors(endpoint.zmq_address, reservation.worker.incarnation)
+            opening = self._links.get(name)
+            if opening is None or _has_failed(opening):
+                opening = self._links[name] = asyncio.create_task(self._open(endpoint, reservation.worker))
         try:
             link = await asyncio.shield(opening)
         except DrystoneError:
@@ -56,6 +59,12 @@ class Shipper:
             raise
         return link
 
+    async def _close_predecessors(self, address: str, incarnation: int) -> None:
+        """Links to earlier lives of a worker would reconnect to the new one for ever."""
+        for name, opening in list(self._links.items()):
+            if name[0] == address and name[1] != incarnation and opening.done():
+                await self._discard(name, opening)
+
     async def _discard(self, name: tuple[str, int], opening: asyncio.Task[Link]) -> None:
         if self._links.get(name) is opening:
             del self._links[name]
@@ -70,3 +79,8 @@ class Shipper:
             if opening.done() and not opening.cancelled() and opening.exception() is None:
                 await opening.result().close()
         self._context.term()
+
+
+def _has_failed(opening: asyncio.Task[Link]) -> bool:
+    """True for a link that could not be opened, where whoever asked for it had gone by then."""
+    return opening.done() and (opening.cancelled() or opening.exception() is not None)

@@ -7,14 +7,40 @@ and answer texts are never logged.
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO, cast
 
 import structlog
 
 Logger = structlog.stdlib.BoundLogger
+
+
+class _Output:
+    """Standard output. Whoever read it may be gone: the process must go on, if only to stop in order."""
+
+    def write(self, text: str) -> None:
+        """Writes, or finds out that nobody reads any more."""
+        try:
+            sys.stdout.write(text)
+        except BrokenPipeError:
+            _to_nowhere()
+
+    def flush(self) -> None:
+        """Flushes, likewise."""
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _to_nowhere()
+
+
+def _to_nowhere() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def configure(level: str, form: str, **process: str) -> None:
@@ -31,7 +57,7 @@ def configure(level: str, form: str, **process: str) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _Output())),
         cache_logger_on_first_use=False,
     )
     structlog.contextvars.clear_contextvars()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -44,8 +43,12 @@ async def run_app(app: App, settings: ProcessSettings) -> None:
         loop.add_signal_handler(number, stop.set)
     watch = asyncio.create_task(_watch_parent(settings.exit_with_parent, stop))
     try:
-        addresses = await app.start()
-        write_ready_file(settings.ready_file, addresses)
+        try:
+            addresses = await app.start()
+            write_ready_file(settings.ready_file, addresses)
+        except OSError as error:
+            log.critical("cannot_start", reason=str(error))
+            raise SystemExit(1) from error
         log.info("serving", **addresses)
         stopping = asyncio.create_task(stop.wait())
         ended, _ = await asyncio.wait([stopping, *app.tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -74,8 +77,8 @@ async def _watch_parent(parent: int, stop: asyncio.Event) -> None:
     while parent and os.getppid() == parent:  # noqa: ASYNC110 - the kernel tells only who asks
         await asyncio.sleep(_PARENT_POLL_SECONDS)
     if parent:
-        logs.get("runtime").warning("parent_gone", parent=parent)
         stop.set()
+        logs.get("runtime").warning("parent_gone", parent=parent)
 
 
 def host_name() -> str:
@@ -86,5 +89,5 @@ def host_name() -> str:
 async def cancelled(task: asyncio.Task[None]) -> None:
     """Cancels a task and waits until it has ended; its own errors have been logged by itself."""
     task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    # Never raises what the task raised: the rest of a stop must still run.
+    await asyncio.gather(task, return_exceptions=True)

@@ -9,12 +9,15 @@ ProcessSettings            what every process has
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import socket
 import sys
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import (
@@ -34,13 +37,16 @@ def _split(value: object) -> object:
 
 Addresses = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 CONFIG_ENVIRONMENT = "DRYSTONE_CONFIG"
+_PREFIX = "DRYSTONE_"
+# What --help would say of settings that have no default value.
+_NO_DEFAULT = re.compile(r"\s*\(default( factory)?:\s*(list|gethostname|None|)\)")
 
 
 class ProcessSettings(BaseSettings):
     """What every process has."""
 
     model_config = SettingsConfigDict(
-        env_prefix="DRYSTONE_",
+        env_prefix=_PREFIX,
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_avoid_json=True,
@@ -48,7 +54,7 @@ class ProcessSettings(BaseSettings):
         extra="forbid",
         frozen=True,
     )
-    host: str = Field("127.0.0.1", description="Address to serve gRPC on; one address, never '*'.")
+    host: str = Field("127.0.0.1", description="Address to serve gRPC on.")
     port: int = Field(0, ge=0, le=65535, description="Port to serve gRPC on; 0 takes a free one.")
     ready_file: Path | None = Field(None, description="File to write addresses to, as JSON, once requests are served.")
     exit_with_parent: int = Field(0, ge=0, description="Process id to watch; exit when it is gone. 0: watch nothing.")
@@ -99,17 +105,54 @@ SettingsT = TypeVar("SettingsT", bound=ProcessSettings)
 
 
 def _read(cls: type[SettingsT], program: str, arguments: list[str]) -> SettingsT:
-    arguments = _take_config_flag(arguments)
+    file: Mapping[str, Any] = {}
     try:
-        flags = CliSettingsSource[object](cls, cli_prog_name=program, cli_parse_args=arguments, cli_exit_on_error=True)
-        return cls(_cli_settings_source=flags)  # type: ignore[call-arg]
+        arguments = _take_config_flag(arguments)
+        file = _read_file()
+        flags = CliSettingsSource[Any](cls, cli_prog_name=program, cli_exit_on_error=True)
+        parser: argparse.ArgumentParser = flags.root_parser
+        parser.add_argument(
+            "--config",
+            metavar="FILE",
+            default=argparse.SUPPRESS,
+            help=f"TOML file of this process's settings; {CONFIG_ENVIRONMENT} names one too.",
+        )
+        if {"-h", "--help"} & set(arguments):
+            print(_NO_DEFAULT.sub("", parser.format_help()), end="")  # noqa: T201 - a command's help
+            raise SystemExit(0)
+        return cls(_cli_settings_source=flags(args=arguments))  # type: ignore[call-arg]
     except ValidationError as error:
         for problem in error.errors():
-            name = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
-            print(f"{program}: {name}: {problem['msg']} (given: {problem['input']!r})", file=sys.stderr)  # noqa: T201 - before logging exists
+            print(f"{program}: {_told(problem, file)}", file=sys.stderr)  # noqa: T201 - before logging exists
     except (SettingsError, OSError, ValueError) as error:
         print(f"{program}: {error}", file=sys.stderr)  # noqa: T201 - before logging exists
     raise SystemExit(2)
+
+
+def _told(problem: Mapping[str, Any], file: Mapping[str, Any]) -> str:
+    """What is wrong with a setting, and where it was said."""
+    key, given = ".".join(str(part) for part in problem["loc"]), problem["input"]
+    named = os.environ.get(CONFIG_ENVIRONMENT)
+    if problem["type"] == "extra_forbidden" and key in file:
+        return f"{named}: unknown setting {key!r}"
+    in_file = key in file and file[key] == given and f"{_PREFIX}{key.upper()}" not in os.environ
+    where = f"{named}: {key}" if in_file else f"--{key.replace('_', '-').replace('.', '-')}"
+    return f"{where}: {problem['msg']} (given: {given!r})"
+
+
+def _read_file() -> Mapping[str, Any]:
+    """The settings in the file that is named, if one is."""
+    named = os.environ.get(CONFIG_ENVIRONMENT)
+    if not named:
+        return {}
+    if not Path(named).is_file():
+        raise SettingsError(f"{CONFIG_ENVIRONMENT}: no such file: {named}")
+    try:
+        return tomllib.loads(Path(named).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{named}: {error.strerror}") from error
+    except ValueError as error:
+        raise SettingsError(f"{named}: not TOML: {error}") from error
 
 
 def _take_config_flag(arguments: list[str]) -> list[str]:
@@ -121,8 +164,10 @@ def _take_config_flag(arguments: list[str]) -> list[str]:
         if flag != "--config":
             rest.append(argument)
             continue
-        path = Path(given or next(waiting, ""))
-        if not path.is_file():
-            raise SystemExit(f"--config: no such file: {path}")
-        os.environ[CONFIG_ENVIRONMENT] = str(path)
+        named = given or next(waiting, "")
+        if not named:
+            raise SettingsError("--config: name a file")
+        if not Path(named).is_file():
+            raise SettingsError(f"--config: no such file: {named}")
+        os.environ[CONFIG_ENVIRONMENT] = named
     return rest

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 # The same examples on every run: a red build is a change, never luck. `--hypothesis-profile=explore` draws anew.
@@ -14,6 +16,28 @@ settings.register_profile("explore", deadline=None, max_examples=2000, suppress_
 settings.load_profile("repeatable")
 
 MakeFolder = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_logs() -> Iterator[None]:
+    """Errors alone, as plain text: what a failing test shows must be readable."""
+    structlog.configure(
+        processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR),
+    )
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.fixture(scope="package")
+def one_thread() -> Iterator[None]:
+    """One torch thread: for tiny tensors more of them only wait for one another."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

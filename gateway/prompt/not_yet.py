@@ -23,6 +23,7 @@ _NOT_YET = (
     _NotYet("structured_output", lambda request: request.HasField("structured_output")),
     _NotYet("resume", lambda request: request.HasField("resume")),
     _NotYet("keep_tail", lambda request: request.keep_tail),
+    _NotYet("tenant", lambda request: bool(request.tenant)),
     _NotYet("sampling.logprobs", lambda request: request.sampling.HasField("logprobs")),
     _NotYet("sampling.repetition_penalty", _differs("repetition_penalty", 1.0)),
     _NotYet("sampling.presence_penalty", _differs("presence_penalty", 0.0)),

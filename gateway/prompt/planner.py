@@ -12,7 +12,7 @@ from gateway.prompt.plan import PlannedBlock, PlannedPrompt
 from gateway.prompt.segments import KnownBlocks, Segment, passage_segment, segments_of
 from gateway.prompt.template_choice import TemplateDefaults, choose_template, wants_bos
 from gateway.prompt.tokenizer import PromptTokenizer
-from gateway.prompt.truncation import Room, cut_tokens, drop_passages, room_for
+from gateway.prompt.truncation import Room, cut_tokens, drop_passages, refuse_hopeless, room_for
 from shared.errors import InvalidRequestError, Reason
 
 BLOCK_ATTENTION_PREFIX = "[Block-Attention]"
@@ -58,6 +58,7 @@ class PromptPlanner:
         room = room_for(request, self._context_tokens, self._limits.max_prompt_tokens)
         template = choose_template(request.template, self._defaults, self._tokenizer)
         segments = segments_of(request, template, known_blocks)
+        refuse_hopeless((segment.text for segment in segments), self._context_tokens, room)
         if attention_of(request) == Attention.ATTENTION_FULL:
             return self._full_plan(request, template.name, segments, room)
         return self._block_plan(request, template.name, segments, room)

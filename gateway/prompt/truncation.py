@@ -1,6 +1,6 @@
 """Making a prompt fit: refuse it, drop whole passages, or cut tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from drystone.v1.generation_pb2 import GenerateRequest
@@ -8,6 +8,9 @@ from drystone.v1.prompt_pb2 import TruncationSide
 from gateway.prompt.plan import PlannedBlock
 from gateway.prompt.sampling import max_new_tokens
 from shared.errors import InvalidRequestError, Reason
+
+# No text has so many bytes to a token: a longer prompt is refused before it is tokenised.
+_BYTES_PER_TOKEN = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,25 @@ def room_for(request: GenerateRequest, context_tokens: int, server_limit: int | 
         bounds.append((request.truncation.max_prompt_tokens, "truncation.max_prompt_tokens"))
     tokens, because = min(bounds)
     return Room(tokens, because, request.truncation.side, request.WhichOneof("prompt") or "prompt")
+
+
+def refuse_hopeless(texts: Iterable[str], context_tokens: int, room: Room) -> None:
+    """Refuse texts that are far too long, without the work of tokenising them.
+
+    Args:
+        texts: All texts of a prompt.
+        context_tokens: Longest prompt and answer together.
+        room: Room that there is.
+
+    Raises:
+        InvalidRequestError: They have more bytes than any text that fits the context.
+    """
+    if not room.refuses:
+        return
+    size, limit = sum(len(text.encode()) for text in texts), context_tokens * _BYTES_PER_TOKEN
+    if size > limit:
+        problem = f"the prompt is far longer than the context of {context_tokens} tokens, in bytes (send less text)"
+        raise InvalidRequestError(Reason.PROMPT_TOO_LONG, room.field, problem, limit=limit, value=size)
 
 
 def drop_passages(

@@ -28,12 +28,17 @@ def encode_block(
         token_ids: The block's tokens, n of them.
         extent: [layers, n, 2, kv_heads, head_dim], written whole.
         chunk_tokens: Rows of one forward pass; bounds activations, not the result.
+
+    Raises:
+        ArithmeticError: The KV holds infinities or NaN; served, they would spoil every later answer.
     """
     ids = torch.tensor(token_ids, device=model.device)
     for start in range(0, len(token_ids), chunk_tokens):
         end = min(start + chunk_tokens, len(token_ids))
         positions = torch.arange(start, end, device=model.device)
         model.forward_kv(ids[start:end], positions, _ChunkContext(extent, start, end))
+    if not bool(torch.isfinite(extent).all()):
+        raise ArithmeticError(f"the KV of a block of {len(token_ids)} tokens is not finite in {extent.dtype}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,8 @@ def probe(model: Any, *, dtype: str, context_tokens: int) -> ModelGeometry:
     """Runs the proof on a loaded causal language model; raises `ProbeError` when it fails."""
     config = model.config.get_text_config()
     _refuse_by_config(config)
+    if context_tokens <= _TOKENS:
+        raise ProbeError(f"a context of {context_tokens} tokens is too short to be proved; {_TOKENS + 1} is the least")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (1, _TOKENS), generator=generator).to(model.device)
     here = _run(model, ids, 0)

@@ -19,6 +19,8 @@ from shared.kv.layout import LAYOUT_VERSION
 from shared.model.catalog import ModelError
 from shared.model.fingerprint import fingerprint
 
+MIN_CONTEXT_TOKENS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
@@ -51,6 +53,11 @@ class ServedModel:
     def device(self) -> torch.device:
         """Where weights and KV live."""
         return self.module.device  # type: ignore[no-any-return]
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Token ids that the model has embeddings for."""
+        return int(self.module.get_input_embeddings().num_embeddings)
 
     def key_space(self, tenant_salt: bytes = b"") -> KeySpace:
         """What this model's block keys are made of."""
@@ -95,6 +102,8 @@ def load(folder: Path, *, name: str, dtype: str, device: str = "cpu", context_to
         ModelError: Block attention cannot be proved exact for it.
         ValueError: Unknown dtype or context.
     """
+    if device != "cpu":
+        raise ValueError(f"device: {device!r} is not served by this version; it runs on cpu")
     seam.register()
     chosen = choose_dtype(dtype, device)
     config = AutoConfig.from_pretrained(folder)
@@ -102,6 +111,8 @@ def load(folder: Path, *, name: str, dtype: str, device: str = "cpu", context_to
     context = context_tokens or limit
     if context > limit:
         raise ValueError(f"context_tokens: {context} is more than the model's {limit}")
+    if context < MIN_CONTEXT_TOKENS:
+        raise ValueError(f"context_tokens: {context} is less than {MIN_CONTEXT_TOKENS}")
     transformers_logging.disable_progress_bar()  # workers log; they have no terminal
     module = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, chosen), attn_implementation=seam.NAME, use_safetensors=True

@@ -76,3 +76,31 @@ def _file_digest(file: Path) -> bytes:
 def _add(digest: hashlib._Hash, field: bytes) -> None:
     digest.update(len(field).to_bytes(8, "big"))
     digest.update(field)
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+
+
+def tokenizer_fingerprint(folder: Path) -> bytes:
+    """Digest over the files that decide which token ids a text becomes.
+
+    Args:
+        folder: Hugging Face folder.
+
+    Returns:
+        32 bytes; chat templates are not part of it.
+
+    Raises:
+        ModelError: The folder has no tokenizer, or a file of it cannot be read.
+    """
+    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
+    if not files:
+        raise ModelError(f"{folder} has no tokenizer files.")
+    digest = hashlib.sha256(b"drystone-tokenizer-1")
+    try:
+        for file in files:
+            _add(digest, file.name.encode())
+            digest.update(_file_digest(file))
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be read: {error}") from error
+    return digest.digest()

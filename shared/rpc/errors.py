@@ -16,20 +16,30 @@ from shared import logs
 from shared.errors import DrystoneError, Reason
 
 DOMAIN = "drystone"
+# A status travels in trailing metadata, of which gRPC takes 8 KiB: a longer one would arrive as another error. The
+# message is in it three times, once with three characters for each byte that is not ASCII.
+_CHARACTERS = 300
+_MESSAGE_BYTES = 600
+_FACT_BYTES = 300
+_FACTS = 8
 
 
 def to_status(error: DrystoneError) -> status_pb2.Status:
     """google.rpc.Status with ErrorInfo, and BadRequest or RetryInfo where they apply."""
-    details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)]
+    message = _clipped(error.message, _MESSAGE_BYTES)
+    facts = {name: _clipped(fact, _FACT_BYTES) for name, fact in list(error.metadata.items())[:_FACTS]}
+    details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=facts)]
     packed = [_packed(detail) for detail in details]
     if error.field is not None:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=_clipped(error.field, _FACT_BYTES), description=message
+        )
         packed.append(_packed(error_details_pb2.BadRequest(field_violations=[violation])))
     if error.retry_after_ms is not None:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(error.retry_after_ms)
         packed.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
-    return status_pb2.Status(code=error.status.value[0], message=error.message, details=packed)
+    return status_pb2.Status(code=error.status.value[0], message=message, details=packed)
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError, otherwise: Reason) -> DrystoneError:
@@ -49,6 +59,14 @@ def from_rpc_error(error: grpc.aio.AioRpcError, otherwise: Reason) -> DrystoneEr
     return DrystoneError(
         reason, error.details() or error.code().name, field=field, metadata=metadata, retry_after_ms=retry_ms
     )
+
+
+def _clipped(text: str, most: int) -> str:
+    """At most 300 characters and `most` bytes of UTF-8."""
+    raw = text[: _CHARACTERS + 1].encode("utf-8", "replace")
+    if len(text) <= _CHARACTERS and len(raw) <= most:
+        return text
+    return raw[: most - 3].decode("utf-8", "ignore")[: _CHARACTERS - 1] + "…"
 
 
 def _packed(detail: Any) -> any_pb2.Any:

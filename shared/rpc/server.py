@@ -45,9 +45,12 @@ class RpcServer:
         self.address = ""
 
     async def start(self) -> str:
-        """Serves; returns the bound address as host:port. Raises RuntimeError when it cannot bind."""
-        host = self._settings.host
-        port = self._server.add_insecure_port(f"{host}:{self._settings.port}")
+        """Serves; returns the bound address as host:port. Raises OSError when it cannot bind."""
+        host, wanted = self._settings.host, self._settings.port
+        try:
+            port = self._server.add_insecure_port(f"{host}:{wanted}")
+        except RuntimeError as error:
+            raise OSError(f"cannot serve gRPC on {host}:{wanted}: {error}") from error
         await self._server.start()
         self.address = f"{host}:{port}"
         return self.address

@@ -13,6 +13,7 @@ from shared.errors import not_in_this_version
 from shared.internal.v1 import worker_pb2 as pb
 from shared.internal.v1.common_pb2 import KvEndpoint, WorkerIdentity
 from shared.internal.v1.worker_pb2_grpc import WorkerServicer
+from shared.model.fingerprint import tokenizer_fingerprint
 from shared.status import status_values
 from shared.transfer.compatibility import compatibility_of
 from shared.version import VERSION
@@ -45,6 +46,7 @@ class WorkerService(WorkerServicer):
         self._figures = figures
         self._capacity_bytes = capacity_bytes
         self._endpoint = endpoint
+        self._tokenizer_fingerprint = tokenizer_fingerprint(model.folder)
         self._started = time.monotonic()
         self.address = ""
         self.state = ProcessState.PROCESS_STATE_READY
@@ -62,6 +64,8 @@ class WorkerService(WorkerServicer):
             kv_endpoint=self._endpoint,
             sliding_window_layers=self._model.geometry.windowed_layers,
             capacity_bytes=self._capacity_bytes,
+            tokenizer_fingerprint=self._tokenizer_fingerprint,
+            vocabulary_size=self._model.vocabulary_size,
         )
 
     async def WatchBlocks(

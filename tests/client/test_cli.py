@@ -6,20 +6,27 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import grpc
 import pytest
 from typer.testing import CliRunner, Result
 
+from drystone import Client, ProcessStatus
 from drystone.cli import build_app
 from drystone.cli import console as cli_console
+from drystone.cli import serve as serve_command
+from drystone.local import gate
 from drystone.local import options as local_options
+from drystone.v1 import prompt_pb2
 from tests.client.canned_gateway import failure
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
+    from drystone.local.supervisor import Supervisor
     from tests.client.canned_gateway import CannedGateway
 
 
@@ -113,6 +120,105 @@ def test_status(gateway: CannedGateway) -> None:
         assert said in done.stdout
     said = json.loads(run("status", "-s", gateway.address, "--json").stdout)
     assert [process["worker_id"] for process in said["processes"]] == ["gateway", "decode-0"]
+
+
+def test_status_has_sizes_seconds_and_whole_counts(gateway: CannedGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"shipped_bytes_total": 3.0 * 2**20, "encode_seconds_total": 1.23456, "steps_total": 2.0, "ratio": 0.5}
+    process = ProcessStatus("p", "prefill", "ready", "h:1", "m", "f", "1", 2.0, 1, values=values)
+    monkeypatch.setattr(Client, "status", lambda _: (process,))
+    said = run("status", "-s", gateway.address).stdout
+    for shown in ("3.0 MiB", "1.235 ", " 2 "):
+        assert shown in said
+    said = run("status", "-s", gateway.address, "--json").stdout
+    assert '"shipped_bytes_total": 3145728, "encode_seconds_total": 1.23456, "steps_total": 2, "ratio": 0.5' in said
+
+
+def test_a_file_without_content_is_refused_before_any_request(gateway: CannedGateway, tmp_path: Path) -> None:
+    for content in ("", " \n\n", "# Only a title\n\n"):
+        empty = tmp_path / "empty.md"
+        empty.write_text(content)
+        done = run("ask", "-s", gateway.address, "-d", empty, "Why?")
+        assert done.exit_code == 2
+        assert done.stderr.count("\n") == 1
+        assert str(empty) in done.stderr
+        assert "no text" in done.stderr
+    assert not gateway.requests
+
+
+def test_truncation_is_sent_and_hinted_at(gateway: CannedGateway, document: Path) -> None:
+    ask = ("ask", "-s", gateway.address, "-d", document, "Why?")
+    assert run(*ask, "--truncation", "left").exit_code == 0
+    assert gateway.requests[0].truncation.side == prompt_pb2.TRUNCATION_SIDE_LEFT
+    gateway.failure = failure(grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_TOO_LONG", message="long")
+    done = run(*ask)
+    assert done.exit_code == 1
+    assert "use --truncation left or right" in done.stderr
+    assert "use --truncation" not in run(*ask, "--truncation", "right").stderr
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:7700", "127.0.0.1", "host", ":7700", "host:", "host:0", "host:99999", "::1:7700", ""]
+)
+def test_what_is_no_address_is_wrong_usage(address: str) -> None:
+    for command in (["ask", "Why?"], ["status"]):
+        done = run(*command, f"--server={address}")
+        assert done.exit_code == 2
+        assert f"{address} is not HOST:PORT" in done.stderr
+
+
+def test_ipv6_addresses_are_taken(closed_port: int) -> None:
+    assert run("status", "-s", f"[::1]:{closed_port}").exit_code == 4
+
+
+class Served(Exception):  # noqa: N818 - ends a command with the options it made
+    pass
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., local_options.ServeOptions]:
+    """Options that `drystone serve` would run with."""
+
+    def served(supervisor: Supervisor) -> None:
+        raise Served(supervisor._options)
+
+    def options(*flags: object, **environment: str) -> local_options.ServeOptions:
+        done = run("serve", *flags, environment={f"DRYSTONE_{name}": value for name, value in environment.items()})
+        assert isinstance(done.exception, Served), done.output
+        found = done.exception.args[0]
+        assert isinstance(found, local_options.ServeOptions)
+        return found
+
+    monkeypatch.setattr(serve_command, "_run", served)
+    return options
+
+
+def test_serve_takes_flags_over_environment(serve: Callable[..., local_options.ServeOptions]) -> None:
+    said = {"MODEL": "m", "DTYPE": "float32", "PREFILL": "2", "DECODE": "3", "PORT": "7", "THREADS": "5"}
+    found = serve(**said, LOG_LEVEL="debug", HOST="::1")
+    assert found == local_options.ServeOptions("m", "float32", 2, 3, "::1", 7, 5, "debug")
+    found = serve("--port", 8, "--prefill", 0, **said)
+    assert (found.port, found.prefill, found.decode, found.log_level) == (8, 0, 3, "info")
+
+
+def test_serve_refuses_bad_environment_and_one_file_for_all() -> None:
+    done = run("serve", environment={"DRYSTONE_PORT": "x"})
+    assert done.exit_code == 2
+    assert "DRYSTONE_PORT" in done.stderr
+    done = run("serve", environment={"DRYSTONE_CONFIG": "any.toml"})
+    assert done.exit_code == 2
+    assert done.stderr.count("\n") == 1
+    assert "one file is of one process" in done.stderr
+
+
+def test_check_tells_its_plan_and_its_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    options = local_options.GateOptions()
+    assert gate._plan(options, "tiny", 50) == (
+        "checking model tiny: 50 prompts in float32 block, bfloat16; about 25 minutes on two cores: "
+        "roughly 15 s a prompt and type"
+    )
+    assert "about 1 minute on" in gate._plan(replace(options, dtypes=("float32",)), "tiny", 2)
+    assert len(list(gate._progress(gate.read_prompts(None, 12), "float32"))) == 12
+    assert capsys.readouterr().err.splitlines() == [f"float32: {done} of 12 prompts" for done in (5, 10, 12)]
 
 
 @pytest.mark.parametrize("command", ["serve", "check"])

@@ -76,4 +76,13 @@ def test_a_lost_connection_is_told_from_no_server(gateway: CannedGateway) -> Non
     with drystone.Client(gateway.address) as client, pytest.raises(drystone.ConnectError) as caught:
         client.generate("Why?", documents=["text"])
     assert caught.value.reason == "CONNECTION_LOST"
-    assert caught.value.message.startswith("lost the gateway at")
+    assert caught.value.message == f"the gateway at {gateway.address} went away"
+
+
+@pytest.mark.parametrize("code", [S.UNAVAILABLE, S.CANCELLED])
+def test_a_gateway_that_stops_before_it_answers_went_away(gateway: CannedGateway, code: grpc.StatusCode) -> None:
+    gateway.failure = failure(code, "", message="Cancelling all calls", domain="elsewhere")
+    with drystone.Client(gateway.address) as client, pytest.raises(drystone.ConnectError) as caught:
+        client.generate("Why?", documents=["text"])
+    assert caught.value.reason == "CONNECTION_LOST"
+    assert "Cancelling" not in caught.value.message

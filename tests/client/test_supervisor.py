@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from drystone.local import commands
 from drystone.local.commands import ModelUnavailableError, ServedModel
 from drystone.local.options import ServeOptions
 from drystone.local.supervisor import Supervisor, SupervisorError
@@ -87,6 +88,30 @@ def test_start_and_stop() -> None:
     assert "--prefill-workers 127.0.0.1:" in flags
     assert "--decode-workers 127.0.0.1:" in flags
     assert not any("killed" in line for line in supervisor.said)
+    assert supervisor.said.count("stopping ...") == 1
+
+
+def test_draining_leaves_time_to_exit() -> None:
+    options = ServeOptions()
+    model = ServedModel(Path("/models/tiny"), "Tiny")
+    flags = commands.worker_flags(options, model, "prefill-0", Path("ready.json"))
+    assert flags[flags.index("--drain-seconds") + 1] == "4"
+    assert options.grace_seconds == 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads environments through /proc")
+def test_processes_do_not_inherit_what_the_flags_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CONFIG", "PORT", "HOST", "THREADS", "PREFILL", "POOL_BYTES", "METRICS_PORT"):
+        monkeypatch.setenv(f"DRYSTONE_{name}", "7")
+    with Watched() as supervisor:
+        given = {
+            name: {entry.partition("=")[0] for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")}
+            for name, pid in supervisor.pids.items()
+        }
+    both = {"DRYSTONE_POOL_BYTES"}
+    ours = {name: {each for each in names if each.startswith("DRYSTONE_")} for name, names in given.items()}
+    assert ours == {"prefill-0": both, "decode-0": both, "gateway": {*both, "DRYSTONE_METRICS_PORT"}}
+    assert "PATH" in given["gateway"]
 
 
 def test_a_death_at_start_is_told_and_stops_the_others() -> None:

@@ -142,12 +142,27 @@ def test_a_request_never_evicts_its_own_blocks() -> None:
     assert_idle(pool)
 
 
-def test_its_own_blocks_go_when_they_alone_are_in_the_way() -> None:
+def test_what_fits_beside_its_own_blocks_leaves_them_alone() -> None:
     pool = make_pool(SEGMENT_TOKENS + 24)
     resident(pool, 1, 2, 3)
-    # Beside its resident blocks 2 and 1, block 4 and the tail have the bytes that they need, but no run.
+    # Only when block 3 is gone is there a run for block 4 beside the tail: found by the second try.
     request, driven = admitted(pool, 4, 2, 1)
-    assert [fetch.key[0] for fetch in driven] == [4, 2, 1]
+    assert [fetch.key[0] for fetch in driven] == [4]
+    finish(pool, request)
+    assert_all_free_after_eviction(pool)
+
+
+def test_its_own_blocks_go_when_they_alone_are_in_the_way() -> None:
+    pool = make_pool(SEGMENT_TOKENS + 80)
+    first = make_request([block(1, 40), block(2, 8)], max_new_tokens=1)
+    for fetch in pool.admit(first) or ():
+        pool.commit(fetch)
+    finish(pool, first)
+    # 144 tokens in all, exactly what it needs, but block 2 at 40 parts them into runs of 40 and 96.
+    request = make_request([block(4, 72), block(2, 8)])
+    driven = pool.admit(request)
+    assert driven is not None
+    assert [fetch.key[0] for fetch in driven] == [4, 2]
     finish(pool, request)
     assert_all_free_after_eviction(pool)
 
@@ -210,7 +225,7 @@ def test_an_extent_that_is_being_written_outlives_its_waiters() -> None:
     assert len(pool.fetches) == 1
     pool.check_integrity([])
     fetch.encoding = False
-    pool.encoded_for_nobody(fetch)
+    pool.give_up(fetch)
     assert_idle(pool)
 
 

@@ -76,7 +76,7 @@ class PoolMachine(RuleBasedStateMachine):
         fetch.encoding = False
         self.pool.arena.view(fetch.extent).fill_(fetch.key[0] + 1)
         if not fetch.waiters:
-            self.pool.encoded_for_nobody(fetch)
+            self.pool.give_up(fetch)
             return
         for request in self.pool.commit(fetch):
             self.pool.place(request)
@@ -128,7 +128,7 @@ class PoolMachine(RuleBasedStateMachine):
             request.release()
         for fetch in self.encoding:
             fetch.encoding = False
-            self.pool.encoded_for_nobody(fetch)
+            self.pool.give_up(fetch)
         assert_all_free_after_eviction(self.pool)
 
 

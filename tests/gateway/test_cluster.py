@@ -9,9 +9,10 @@ import pytest
 
 from drystone.v1.operations_pb2 import ProcessState
 from gateway import cluster as module
+from gateway import worker as worker_module
 from gateway.cluster import Cluster
 from shared.errors import DrystoneError, Reason
-from tests.support.fake_workers import DECODE, PREFILL, FakeWorker, compatibility, serving_workers
+from tests.support.fake_workers import DECODE, PREFILL, TOKENIZER, FakeWorker, compatibility, serving_workers
 
 
 @contextlib.asynccontextmanager
@@ -20,7 +21,7 @@ async def looking(*workers: FakeWorker) -> AsyncIterator[Cluster]:
     async with serving_workers(*workers):
         decode = [worker.address for worker in workers if worker.role == DECODE]
         prefill = [worker.address for worker in workers if worker.role == PREFILL]
-        cluster = Cluster("model", decode, prefill, poll_seconds=1.0)
+        cluster = Cluster("model", decode, prefill, poll_seconds=1.0, tokenizer_fingerprint=TOKENIZER)
         try:
             await cluster.look()
             yield cluster
@@ -64,7 +65,7 @@ async def test_the_model_may_change_when_no_worker_holds_the_old_one() -> None:
         decode.compatibility = prefill.compatibility = compatibility(model_fingerprint=b"n" * 32)
         await cluster.look()
         assert usable(cluster) == ["d", "p"]
-        assert cluster.key_space().model_fingerprint == b"n" * 32
+        assert cluster.info.compatibility.model_fingerprint == b"n" * 32
 
 
 async def test_while_one_holds_the_old_model_a_new_one_waits() -> None:
@@ -83,7 +84,9 @@ async def test_who_drains_gets_nothing_new_and_another_role_is_told() -> None:
     draining, confused = FakeWorker("draining", DECODE), FakeWorker("confused", DECODE)
     draining.state = ProcessState.PROCESS_STATE_DRAINING
     async with serving_workers(draining, confused):
-        cluster = Cluster("model", [draining.address], [confused.address], poll_seconds=1.0)
+        cluster = Cluster(
+            "model", [draining.address], [confused.address], poll_seconds=1.0, tokenizer_fingerprint=TOKENIZER
+        )
         await cluster.look()
         assert usable(cluster) == []
         assert details(cluster) == {"draining": "draining", "confused": "is a PROCESS_ROLE_DECODE"}
@@ -123,7 +126,7 @@ async def test_a_restarted_worker_is_known_to_hold_nothing() -> None:
 
 
 async def test_no_worker_at_all() -> None:
-    cluster = Cluster("model", [], [], poll_seconds=1.0)
+    cluster = Cluster("model", [], [], poll_seconds=1.0, tokenizer_fingerprint=TOKENIZER)
     await cluster.look()
     with pytest.raises(DrystoneError, match="none is configured"):
         _ = cluster.info
@@ -131,8 +134,8 @@ async def test_no_worker_at_all() -> None:
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_REMEMBERED_KEYS", 3)
-    worker = module.Worker("a:1", DECODE, None)  # type: ignore[arg-type] # no call is made
+    monkeypatch.setattr(worker_module, "_REMEMBERED_KEYS", 3)
+    worker = worker_module.Worker("a:1", DECODE, None)  # type: ignore[arg-type] # no call is made
     worker.remember([(bytes([number]), number) for number in range(4)])
     worker.remember([(bytes([1]), 1), (bytes([9]), 9)])
     assert list(worker.resident) == [bytes([3]), bytes([1]), bytes([9])]

@@ -13,6 +13,7 @@ from shared.internal.v1 import worker_pb2 as pb
 from shared.internal.v1.common_pb2 import Compatibility, WorkerIdentity
 from shared.internal.v1.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 
+TOKENIZER = b"t" * 32
 DECODE, PREFILL = ProcessRole.PROCESS_ROLE_DECODE, ProcessRole.PROCESS_ROLE_PREFILL
 
 
@@ -39,19 +40,24 @@ class FakeWorker(WorkerServicer):
         self.role = role
         self.compatibility = compatibility()
         self.state = ProcessState.PROCESS_STATE_READY
+        self.tokenizer = TOKENIZER
         self.delay = 0.0
         self.address = ""
 
-    async def GetInfo(
+    async def GetInfo(  # noqa: N802 - gRPC's name
         self, request: pb.GetInfoRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> pb.GetInfoResponse:
         del request, context
         await asyncio.sleep(self.delay)
         return pb.GetInfoResponse(
-            worker=self.identity, role=self.role, compatibility=self.compatibility, context_tokens=100
+            worker=self.identity,
+            role=self.role,
+            compatibility=self.compatibility,
+            context_tokens=100,
+            tokenizer_fingerprint=self.tokenizer,
         )
 
-    async def GetStatus(
+    async def GetStatus(  # noqa: N802 - gRPC's name
         self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> pb.GetStatusResponse:
         del request, context

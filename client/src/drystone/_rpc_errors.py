@@ -38,6 +38,9 @@ _ERRORS: Mapping[grpc.StatusCode, type[errors.DrystoneError]] = MappingProxyType
 # Statuses that gRPC makes on this side, with the reasons that the server would give them.
 _OWN_REASONS: Final = frozenset({_S.DEADLINE_EXCEEDED, _S.CANCELLED})
 
+# What gRPC says of calls that run when a server's grace is over.
+_SERVER_STOPPED: Final = "Cancelling all calls"
+
 _Detail = TypeVar("_Detail", bound=Message)
 
 
@@ -69,11 +72,12 @@ def from_rpc_error(
     kind = _ERRORS.get(code, errors.InternalError)
     if not details.reason:
         # Without our ErrorInfo the failure is gRPC's own: the transport's, or a limit on message size.
-        if code is _S.UNAVAILABLE:
-            kind = errors.ConnectError
-            details.reason = "CONNECTION_LOST" if answered else "NO_SERVER"
-            what = "lost the gateway at" if answered else "no Drystone gateway at"
-            message = f"{what} {address}: {message}"
+        if _SERVER_STOPPED in message or (code is _S.UNAVAILABLE and answered):
+            kind, details.reason = errors.ConnectError, "CONNECTION_LOST"
+            message = f"the gateway at {address} went away"
+        elif code is _S.UNAVAILABLE:
+            kind, details.reason = errors.ConnectError, "NO_SERVER"
+            message = f"no Drystone gateway at {address}: {message}"
         elif code in _OWN_REASONS:
             details.reason = code.name
         elif code is _S.RESOURCE_EXHAUSTED and "larger than max" in message:

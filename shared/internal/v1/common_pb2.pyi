@@ -217,7 +217,7 @@ class KvEndpoint(_message.Message):
     zmq_address: _builtins.str
     """ZeroMQ address of its ROUTER socket, such as "tcp://10.0.0.7:7701"."""
     curve_public_key: _builtins.str
-    """CURVE public key (Z85, 40 characters). Empty: in the clear, which only loopback allows."""
+    """CURVE public key (Z85, 40 characters). Empty: in the clear."""
     host: _builtins.str
     """Host name, by which two workers find that they share a host."""
     cuda_device: _builtins.int

@@ -92,6 +92,7 @@ class Open(_message.Message):
     KEEP_TAIL_FIELD_NUMBER: _builtins.int
     REUSE_TAIL_FIELD_NUMBER: _builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    TENANT_SALT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's name, for logs."""
     traceparent: _builtins.str
@@ -114,6 +115,10 @@ class Open(_message.Message):
     """Use a sealed tail whose chain equals the beginning of the question."""
     model_fingerprint: _builtins.bytes
     """Fingerprint that keys were made with, 32 bytes; another one is refused."""
+    tenant_salt: _builtins.bytes
+    """Salt that block keys were made with; empty where tenants share. The worker makes every key anew and refuses
+    one that is not of its tokens.
+    """
     @_builtins.property
     def blocks(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.BlockRef]:
         """Blocks in prompt order, all but the question."""
@@ -153,10 +158,11 @@ class Open(_message.Message):
         keep_tail: _builtins.bool = ...,
         reuse_tail: _builtins.bool = ...,
         model_fingerprint: _builtins.bytes = ...,
+        tenant_salt: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume", b"resume", "sampling", b"sampling", "structured_output", b"structured_output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "expected_incarnation", b"expected_incarnation", "keep_tail", b"keep_tail", "model_fingerprint", b"model_fingerprint", "n", b"n", "priority", b"priority", "question_token_ids", b"question_token_ids", "request_id", b"request_id", "resume", b"resume", "reuse_tail", b"reuse_tail", "sampling", b"sampling", "structured_output", b"structured_output", "tail_salt", b"tail_salt", "tenant", b"tenant", "time_left_ms", b"time_left_ms", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "expected_incarnation", b"expected_incarnation", "keep_tail", b"keep_tail", "model_fingerprint", b"model_fingerprint", "n", b"n", "priority", b"priority", "question_token_ids", b"question_token_ids", "request_id", b"request_id", "resume", b"resume", "reuse_tail", b"reuse_tail", "sampling", b"sampling", "structured_output", b"structured_output", "tail_salt", b"tail_salt", "tenant", b"tenant", "tenant_salt", b"tenant_salt", "time_left_ms", b"time_left_ms", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

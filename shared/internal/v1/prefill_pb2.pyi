@@ -74,6 +74,7 @@ class EncodeBlocksRequest(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
     TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    TENANT_SALT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's name, for logs."""
     traceparent: _builtins.str
@@ -88,6 +89,10 @@ class EncodeBlocksRequest(_message.Message):
     """Fingerprint that keys were made with, 32 bytes; another one is refused."""
     ttl_seconds: _builtins.int
     """Seconds the records live. Absent: the worker's default."""
+    tenant_salt: _builtins.bytes
+    """Salt that block keys were made with; empty where tenants share. The worker makes every key anew and refuses
+    one that is not of its tokens.
+    """
     @_builtins.property
     def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___EncodeJob]:
         """Jobs, in the order in which their results are wanted."""
@@ -113,10 +118,11 @@ class EncodeBlocksRequest(_message.Message):
         model_fingerprint: _builtins.bytes = ...,
         tags: _abc.Iterable[_builtins.str] | None = ...,
         ttl_seconds: _builtins.int | None = ...,
+        tenant_salt: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "endpoint", b"endpoint", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "endpoint", b"endpoint", "jobs", b"jobs", "model_fingerprint", b"model_fingerprint", "priority", b"priority", "request_id", b"request_id", "tags", b"tags", "tenant", b"tenant", "time_left_ms", b"time_left_ms", "traceparent", b"traceparent", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "endpoint", b"endpoint", "jobs", b"jobs", "model_fingerprint", b"model_fingerprint", "priority", b"priority", "request_id", b"request_id", "tags", b"tags", "tenant", b"tenant", "tenant_salt", b"tenant_salt", "time_left_ms", b"time_left_ms", "traceparent", b"traceparent", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
     _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015

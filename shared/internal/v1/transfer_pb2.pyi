@@ -358,7 +358,7 @@ class Grant(_message.Message):
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
     CREDIT_BYTES_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
-    """The transfer."""
+    """The transfer; 0 for the whole pair."""
     credit_bytes: _builtins.int
     """More bytes that may be sent."""
     def __init__(

@@ -26,7 +26,7 @@ from shared.internal.v1 import common_pb2 as drystone_dot_internal_dot_v1_dot_co
 from drystone.v1 import operations_pb2 as drystone_dot_v1_dot_operations__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!drystone/internal/v1/worker.proto\x12\x14\x64rystone.internal.v1\x1a!drystone/internal/v1/common.proto\x1a\x1c\x64rystone/v1/operations.proto\"\x10\n\x0eGetInfoRequest\"\xed\x02\n\x0fGetInfoResponse\x12\x34\n\x06worker\x18\x01 \x01(\x0b\x32$.drystone.internal.v1.WorkerIdentity\x12&\n\x04role\x18\x02 \x01(\x0e\x32\x18.drystone.v1.ProcessRole\x12\r\n\x05model\x18\x03 \x01(\t\x12:\n\rcompatibility\x18\x04 \x01(\x0b\x32#.drystone.internal.v1.Compatibility\x12\x16\n\x0e\x63ontext_tokens\x18\x05 \x01(\r\x12\x1a\n\x12kv_bytes_per_token\x18\x06 \x01(\x04\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\x35\n\x0bkv_endpoint\x18\x08 \x01(\x0b\x32 .drystone.internal.v1.KvEndpoint\x12\x1d\n\x15sliding_window_layers\x18\t \x01(\r\x12\x16\n\x0e\x63\x61pacity_bytes\x18\n \x01(\x04\"\x12\n\x10GetStatusRequest\"?\n\x11GetStatusResponse\x12*\n\x06status\x18\x01 \x01(\x0b\x32\x1a.drystone.v1.ProcessStatus\",\n\x12WatchBlocksRequest\x12\x16\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x04\"\xe9\x01\n\x13WatchBlocksResponse\x12\x34\n\x06worker\x18\x01 \x01(\x0b\x32$.drystone.internal.v1.WorkerIdentity\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x10\n\x08snapshot\x18\x03 \x01(\x08\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x04 \x03(\x0c\x12\x0f\n\x07removed\x18\x05 \x03(\x0c\x12\x13\n\x0btails_added\x18\x06 \x03(\x0c\x12\x15\n\rtails_removed\x18\x07 \x03(\x0c\x12\x12\n\nfree_bytes\x18\x08 \x01(\x04\x12\x18\n\x10waiting_requests\x18\t \x01(\r2\xa4\x02\n\x06Worker\x12V\n\x07GetInfo\x12$.drystone.internal.v1.GetInfoRequest\x1a%.drystone.internal.v1.GetInfoResponse\x12\\\n\tGetStatus\x12&.drystone.internal.v1.GetStatusRequest\x1a\'.drystone.internal.v1.GetStatusResponse\x12\x64\n\x0bWatchBlocks\x12(.drystone.internal.v1.WatchBlocksRequest\x1a).drystone.internal.v1.WatchBlocksResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!drystone/internal/v1/worker.proto\x12\x14\x64rystone.internal.v1\x1a!drystone/internal/v1/common.proto\x1a\x1c\x64rystone/v1/operations.proto\"\x10\n\x0eGetInfoRequest\"\xa5\x03\n\x0fGetInfoResponse\x12\x34\n\x06worker\x18\x01 \x01(\x0b\x32$.drystone.internal.v1.WorkerIdentity\x12&\n\x04role\x18\x02 \x01(\x0e\x32\x18.drystone.v1.ProcessRole\x12\r\n\x05model\x18\x03 \x01(\t\x12:\n\rcompatibility\x18\x04 \x01(\x0b\x32#.drystone.internal.v1.Compatibility\x12\x16\n\x0e\x63ontext_tokens\x18\x05 \x01(\r\x12\x1a\n\x12kv_bytes_per_token\x18\x06 \x01(\x04\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\x35\n\x0bkv_endpoint\x18\x08 \x01(\x0b\x32 .drystone.internal.v1.KvEndpoint\x12\x1d\n\x15sliding_window_layers\x18\t \x01(\r\x12\x16\n\x0e\x63\x61pacity_bytes\x18\n \x01(\x04\x12\x1d\n\x15tokenizer_fingerprint\x18\x0b \x01(\x0c\x12\x17\n\x0fvocabulary_size\x18\x0c \x01(\r\"\x12\n\x10GetStatusRequest\"?\n\x11GetStatusResponse\x12*\n\x06status\x18\x01 \x01(\x0b\x32\x1a.drystone.v1.ProcessStatus\",\n\x12WatchBlocksRequest\x12\x16\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x04\"\xe9\x01\n\x13WatchBlocksResponse\x12\x34\n\x06worker\x18\x01 \x01(\x0b\x32$.drystone.internal.v1.WorkerIdentity\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x10\n\x08snapshot\x18\x03 \x01(\x08\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x04 \x03(\x0c\x12\x0f\n\x07removed\x18\x05 \x03(\x0c\x12\x13\n\x0btails_added\x18\x06 \x03(\x0c\x12\x15\n\rtails_removed\x18\x07 \x03(\x0c\x12\x12\n\nfree_bytes\x18\x08 \x01(\x04\x12\x18\n\x10waiting_requests\x18\t \x01(\r2\xa4\x02\n\x06Worker\x12V\n\x07GetInfo\x12$.drystone.internal.v1.GetInfoRequest\x1a%.drystone.internal.v1.GetInfoResponse\x12\\\n\tGetStatus\x12&.drystone.internal.v1.GetStatusRequest\x1a\'.drystone.internal.v1.GetStatusResponse\x12\x64\n\x0bWatchBlocks\x12(.drystone.internal.v1.WatchBlocksRequest\x1a).drystone.internal.v1.WatchBlocksResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,15 +36,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETINFOREQUEST']._serialized_start=124
   _globals['_GETINFOREQUEST']._serialized_end=140
   _globals['_GETINFORESPONSE']._serialized_start=143
-  _globals['_GETINFORESPONSE']._serialized_end=508
-  _globals['_GETSTATUSREQUEST']._serialized_start=510
-  _globals['_GETSTATUSREQUEST']._serialized_end=528
-  _globals['_GETSTATUSRESPONSE']._serialized_start=530
-  _globals['_GETSTATUSRESPONSE']._serialized_end=593
-  _globals['_WATCHBLOCKSREQUEST']._serialized_start=595
-  _globals['_WATCHBLOCKSREQUEST']._serialized_end=639
-  _globals['_WATCHBLOCKSRESPONSE']._serialized_start=642
-  _globals['_WATCHBLOCKSRESPONSE']._serialized_end=875
-  _globals['_WORKER']._serialized_start=878
-  _globals['_WORKER']._serialized_end=1170
+  _globals['_GETINFORESPONSE']._serialized_end=564
+  _globals['_GETSTATUSREQUEST']._serialized_start=566
+  _globals['_GETSTATUSREQUEST']._serialized_end=584
+  _globals['_GETSTATUSRESPONSE']._serialized_start=586
+  _globals['_GETSTATUSRESPONSE']._serialized_end=649
+  _globals['_WATCHBLOCKSREQUEST']._serialized_start=651
+  _globals['_WATCHBLOCKSREQUEST']._serialized_end=695
+  _globals['_WATCHBLOCKSRESPONSE']._serialized_start=698
+  _globals['_WATCHBLOCKSRESPONSE']._serialized_end=931
+  _globals['_WORKER']._serialized_start=934
+  _globals['_WORKER']._serialized_end=1226
 # @@protoc_insertion_point(module_scope)

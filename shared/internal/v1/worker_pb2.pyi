@@ -53,6 +53,8 @@ class GetInfoResponse(_message.Message):
     KV_ENDPOINT_FIELD_NUMBER: _builtins.int
     SLIDING_WINDOW_LAYERS_FIELD_NUMBER: _builtins.int
     CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    TOKENIZER_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
     role: _operations_pb2.ProcessRole.ValueType
     """What it does."""
     model: _builtins.str
@@ -67,6 +69,10 @@ class GetInfoResponse(_message.Message):
     """Layers whose attention has a sliding window."""
     capacity_bytes: _builtins.int
     """Bytes of KV it can hold."""
+    tokenizer_fingerprint: _builtins.bytes
+    """Digest of the tokenizer's files, 32 bytes. A gateway with another one would send other tokens."""
+    vocabulary_size: _builtins.int
+    """Token ids that the model has embeddings for: ids from 0 to this less one."""
     @_builtins.property
     def worker(self) -> _common_pb2.WorkerIdentity:
         """Identity."""
@@ -92,10 +98,12 @@ class GetInfoResponse(_message.Message):
         kv_endpoint: _common_pb2.KvEndpoint | None = ...,
         sliding_window_layers: _builtins.int = ...,
         capacity_bytes: _builtins.int = ...,
+        tokenizer_fingerprint: _builtins.bytes = ...,
+        vocabulary_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["compatibility", b"compatibility", "kv_endpoint", b"kv_endpoint", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "compatibility", b"compatibility", "context_tokens", b"context_tokens", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_endpoint", b"kv_endpoint", "model", b"model", "role", b"role", "sliding_window_layers", b"sliding_window_layers", "version", b"version", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "compatibility", b"compatibility", "context_tokens", b"context_tokens", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_endpoint", b"kv_endpoint", "model", b"model", "role", b"role", "sliding_window_layers", b"sliding_window_layers", "tokenizer_fingerprint", b"tokenizer_fingerprint", "version", b"version", "vocabulary_size", b"vocabulary_size", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -136,6 +136,7 @@ NOT_YET = [
     (rag(structured_output=sampling_pb2.StructuredOutput(regex="a+")), "structured_output"),
     (resumed({"token_ids": [1]}), "resume"),
     (rag(keep_tail=True), "keep_tail"),
+    (rag(tenant="acme"), "tenant"),
     (sampled(logprobs=0), "sampling.logprobs"),
     (sampled(repetition_penalty=1.1), "sampling.repetition_penalty"),
     (sampled(presence_penalty=0.5), "sampling.presence_penalty"),

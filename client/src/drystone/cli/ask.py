@@ -12,12 +12,22 @@ from drystone.cli.console import ExitCode, JsonOption, ServerOption, fail, say, 
 from drystone.cli.documents import DocumentFileError, read_document
 from drystone.cli.summary import answer_as_json, print_summary
 
+_TOO_LONG_HINT = {"PROMPT_TOO_LONG": "use --truncation left or right"}
+
 
 class Attention(StrEnum):
     """Names of the two ways in which blocks see each other."""
 
     BLOCK = "block"
     FULL = "full"
+
+
+class Truncation(StrEnum):
+    """What gives way when a prompt is too long."""
+
+    REFUSE = "refuse"
+    LEFT = "left"
+    RIGHT = "right"
 
 
 def ask(
@@ -31,6 +41,10 @@ def ask(
         Attention | None,
         typer.Option(help="block: each file sees only itself, and its KV is kept; full: ordinary attention."),
     ] = None,
+    truncation: Annotated[
+        Truncation,
+        typer.Option(help="When the prompt is too long: refuse it, or drop its front (left) or its end (right)."),
+    ] = Truncation.REFUSE,
     server: ServerOption = DEFAULT_ADDRESS,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens to generate.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy, the default.")] = None,
@@ -58,12 +72,13 @@ def ask(
         "temperature": temperature,
         "seed": seed,
         "template": template,
+        "truncation": truncation.value,
         "attention": "full" if attention is Attention.FULL or not document else "block",
     }
     if not _is_unicode(question):
         fail("the question is not UTF-8 text", ExitCode.USAGE)
     with (
-        telling_errors(server),
+        telling_errors(server, _TOO_LONG_HINT if truncation is Truncation.REFUSE else None),
         Client(server) as client,
         _open(client, question, document or [], attention, options) as stream,
     ):

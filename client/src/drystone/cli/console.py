@@ -1,8 +1,9 @@
 """What every command shares: exit codes, the server option, and how errors are told."""
 
 import importlib.util
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import Annotated, NoReturn
@@ -14,6 +15,11 @@ from drystone import ConnectError, DrystoneError, OverloadedError
 SERVER_PACKAGES = ("gateway.__main__", "prefill_worker.__main__", "decode_worker.__main__", "shared.model", "torch")
 
 
+# A name, an IPv4 address, or an IPv6 address in brackets.
+_HOST_PORT = re.compile(r"(?:[^\s:/\[\]]+|\[[0-9A-Fa-f:.%\w]+\]):([0-9]{1,5})", re.ASCII)
+_LAST_PORT = 65535
+
+
 class ExitCode(IntEnum):
     """Exit codes of every command."""
 
@@ -22,13 +28,6 @@ class ExitCode(IntEnum):
     USAGE = 2
     NOT_INSTALLED = 3
     NO_SERVER = 4
-
-
-ServerOption = Annotated[
-    str,
-    typer.Option("--server", "-s", envvar="DRYSTONE_SERVER", metavar="HOST:PORT", help="Gateway to ask."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
 def say(message: str) -> None:
@@ -42,9 +41,30 @@ def fail(message: str, code: ExitCode = ExitCode.FAILED) -> NoReturn:
     raise typer.Exit(code)
 
 
+def _host_and_port(address: str) -> str:
+    port = found[1] if (found := _HOST_PORT.fullmatch(address)) else ""
+    if not port or not 0 < int(port) <= _LAST_PORT:
+        fail(f"{address} is not HOST:PORT", ExitCode.USAGE)
+    return address
+
+
+ServerOption = Annotated[
+    str,
+    typer.Option(
+        "--server",
+        "-s",
+        envvar="DRYSTONE_SERVER",
+        metavar="HOST:PORT",
+        help="Gateway to ask.",
+        callback=_host_and_port,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+
+
 @contextmanager
-def telling_errors(server: str) -> Iterator[None]:
-    """Turns the SDK's exceptions into one line and an exit code."""
+def telling_errors(server: str, hints: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Turns the SDK's exceptions into one line and an exit code; `hints` says what to do about a reason."""
     try:
         yield
     except ConnectError as error:
@@ -52,7 +72,8 @@ def telling_errors(server: str) -> Iterator[None]:
             fail(f"no Drystone gateway at {server}; start one with `drystone serve`", ExitCode.NO_SERVER)
         fail(error.message, ExitCode.NO_SERVER)
     except DrystoneError as error:
-        fail(_told(error))
+        hint = (hints or {}).get(error.reason)
+        fail(_told(error) + (f"; {hint}" if hint else ""))
 
 
 def require_server_packages() -> None:

@@ -50,7 +50,7 @@ class _Voice:
 
     def line(self, text: str) -> None:
         """Keeps a line of a process; a slow step of obtaining the model is told at once."""
-        if text.startswith(("starting ", "[", "{")):
+        if text.startswith(("starting ", "stopping ", "[", "{")):
             self._lines.append(text)
         else:
             self.tell(text)

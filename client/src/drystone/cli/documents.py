@@ -23,7 +23,7 @@ def read_document(path: Path) -> Document:
     file's name without its ending.
 
     Raises:
-        DocumentFileError: When it is missing, a directory, unreadable, or not UTF-8.
+        DocumentFileError: When it is missing, a directory, unreadable, not UTF-8, or without content.
     """
     try:
         data = path.read_bytes()
@@ -39,5 +39,9 @@ def read_document(path: Path) -> Document:
         raise DocumentFileError(f"{path}: not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x})") from error
     first, _, rest = text.partition("\n")
     if first.startswith(_TITLE_MARK):
-        return Document(title=first.removeprefix(_TITLE_MARK).strip(), text=rest.strip())
-    return Document(title=path.stem, text=text.strip())
+        title, text, nothing = first.removeprefix(_TITLE_MARK).strip(), rest.strip(), "a title and no text"
+    else:
+        title, text, nothing = path.stem, text.strip(), "no text in it"
+    if not text:
+        raise DocumentFileError(f"{path}: {nothing}")
+    return Document(title=title, text=text)

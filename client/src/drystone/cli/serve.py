@@ -1,5 +1,6 @@
 """`drystone serve`: a gateway with its workers on this machine."""
 
+import os
 import signal
 from enum import StrEnum
 from types import FrameType
@@ -32,23 +33,35 @@ class LogLevel(StrEnum):
 def serve(
     *,
     model: Annotated[
-        str, typer.Option(help="Local folder, GGUF file, hub id, or 'default' (SmolLM2-135M-Instruct).")
+        str,
+        typer.Option(
+            envvar="DRYSTONE_MODEL", help="Local folder, GGUF file, hub id, or 'default' (SmolLM2-135M-Instruct)."
+        ),
     ] = "default",
-    dtype: Annotated[Dtype, typer.Option(help="Type of weights and KV.")] = Dtype.AUTO,
-    prefill: Annotated[int, typer.Option(min=0, help="Prefill workers.")] = 1,
-    decode: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 1,
-    host: Annotated[str, typer.Option(help="Address that the gateway serves on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Its port; 0 takes a free one.")] = 7700,
+    dtype: Annotated[Dtype, typer.Option(envvar="DRYSTONE_DTYPE", help="Type of weights and KV.")] = Dtype.AUTO,
+    prefill: Annotated[int, typer.Option(min=0, envvar="DRYSTONE_PREFILL", help="Prefill workers.")] = 1,
+    decode: Annotated[int, typer.Option(min=1, envvar="DRYSTONE_DECODE", help="Decode workers.")] = 1,
+    host: Annotated[
+        str, typer.Option(envvar="DRYSTONE_HOST", help="Address that the gateway serves on.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, envvar="DRYSTONE_PORT", help="Its port; 0 takes a free one.")
+    ] = 7700,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="torch threads of each worker. Default: an even share of the cores.")
+        int | None,
+        typer.Option(
+            min=1, envvar="DRYSTONE_THREADS", help="torch threads of each worker. Default: an even share of the cores."
+        ),
     ] = None,
-    log_level: Annotated[LogLevel, typer.Option(help="Least level that is logged.")] = LogLevel.INFO,
+    log_level: Annotated[
+        LogLevel, typer.Option(envvar="DRYSTONE_LOG_LEVEL", help="Least level that is logged.")
+    ] = LogLevel.INFO,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="Log JSON, one object a line.")] = False,
 ) -> None:
     """Runs a gateway with its workers on this machine until Ctrl-C.
 
     One line on stdout, beginning with "ready:", says when requests are taken; logs go to stderr. A second
-    Ctrl-C kills at once. If a process dies, all are stopped.
+    Ctrl-C kills at once. If a process dies, all are stopped. Other DRYSTONE_* variables reach the processes.
 
     \b
     Examples:
@@ -58,6 +71,11 @@ def serve(
     \b
     Exit codes: 0 stopped on request, 1 a process failed, 2 wrong usage, 3 server packages not installed.
     """  # noqa: D301 - \b keeps the lines of an example apart
+    if os.environ.get("DRYSTONE_CONFIG"):
+        fail(
+            "DRYSTONE_CONFIG: one file is of one process; use environment variables, or start processes alone",
+            ExitCode.USAGE,
+        )
     require_server_packages()
     options = ServeOptions(
         model=model,

@@ -30,12 +30,21 @@ def status(server: ServerOption = DEFAULT_ADDRESS, as_json: JsonOption = False) 
     with telling_errors(server), Client(server) as client:
         processes = client.status()
     if as_json:
-        print(json.dumps({"processes": [dataclasses.asdict(process) for process in processes]}, ensure_ascii=False))
+        print(json.dumps({"processes": [_as_dict(process) for process in processes]}, ensure_ascii=False))
         return
     console = Console(width=None if sys.stdout.isatty() else _WIDTH_WHEN_PIPED, highlight=False)
     console.print(_processes(processes))
     if any(process.values for process in processes):
         console.print(_figures(processes))
+
+
+def _as_dict(process: ProcessStatus) -> dict[str, object]:
+    """A process for machines; the wire has every figure as a float, and counts are integers."""
+    values = {
+        name: int(value) if value.is_integer() and not _in_seconds(name) else value
+        for name, value in process.values.items()
+    }
+    return {**dataclasses.asdict(process), "values": values}
 
 
 def _processes(processes: tuple[ProcessStatus, ...]) -> Table:
@@ -62,4 +71,10 @@ def _figures(processes: tuple[ProcessStatus, ...]) -> Table:
 def _shown(name: str, value: float | None) -> str:
     if value is None:
         return ""
-    return human_bytes(value) if name.endswith("_bytes") else f"{value:.10g}"
+    if name.removesuffix("_total").endswith("_bytes"):
+        return human_bytes(value)
+    return f"{value:.3f}" if _in_seconds(name) else f"{value:.10g}"
+
+
+def _in_seconds(name: str) -> bool:
+    return name.removesuffix("_total").endswith("_seconds")

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Final
 import grpc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
 _LAST_LINES: Final = 20
@@ -32,9 +32,17 @@ class Child:
         command: Program and arguments.
         ready_file: JSON file that the process writes once it serves.
         relay: Called with the name and each line that the process writes, from a thread.
+        environment: Its environment.
     """
 
-    def __init__(self, name: str, command: Sequence[str], ready_file: Path, relay: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        ready_file: Path,
+        relay: Callable[[str, str], None],
+        environment: Mapping[str, str],
+    ) -> None:
         self.name = name
         self._ready_file = ready_file
         self._relay = relay
@@ -45,7 +53,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**environment, "PYTHONUNBUFFERED": "1"},
         )
         self._reader = threading.Thread(target=self._read, name=f"read-{name}", daemon=True)
         self._reader.start()

@@ -15,8 +15,19 @@ if TYPE_CHECKING:
 
 MODULES: Final[Mapping[str, str]] = {"prefill": "prefill_worker", "decode": "decode_worker", "gateway": "gateway"}
 
-# A process must be done with its running work a little before the supervisor kills it.
-_DRAIN_SHARE: Final = 0.8
+# A process must be done with its running work well before the supervisor kills it: it has to release and exit too.
+_DRAIN_SHARE: Final = 0.4
+
+# What the flags decide, or what is of one process and would be taken by all: no variable of the user's may say it too.
+_OURS: Final = frozenset(
+    f"DRYSTONE_{name}"
+    for name in (
+        *("CONFIG", "HOST", "PORT", "KV_PORT", "MODEL", "MODEL_NAME", "DTYPE", "THREADS", "WORKER_ID"),
+        *("PREFILL", "DECODE", "PREFILL_WORKERS", "DECODE_WORKERS"),
+        *("READY_FILE", "EXIT_WITH_PARENT", "DRAIN_SECONDS", "LOG_LEVEL", "LOG_FORMAT"),
+    )
+)
+_GATEWAYS: Final = frozenset({"DRYSTONE_METRICS_PORT"})
 
 
 class ModelUnavailableError(Exception):
@@ -53,6 +64,12 @@ def program(role: str, index: int) -> list[str]:
     """How a process of a role is started: its package, never a folder of that name where we happen to be."""
     del index
     return [sys.executable, "-P", "-m", MODULES[role]]
+
+
+def environment(role: str, ours: Mapping[str, str]) -> dict[str, str]:
+    """Environment of a process of a role: ours, without what its flags decide and what is another process's."""
+    dropped = _OURS if role == "gateway" else _OURS | _GATEWAYS
+    return {name: value for name, value in ours.items() if name not in dropped}
 
 
 def worker_flags(options: ServeOptions, model: ServedModel, name: str, ready_file: Path) -> list[str]:

@@ -27,6 +27,9 @@ from drystone.local.options import GateOptions
 from drystone.local.reference import Reference
 
 _FLOAT32 = "float32"
+_PROMPTS_PER_LINE = 5
+# Of the default model on two cores; to tell people how long to wait.
+_SECONDS_PER_PROMPT = 15
 
 
 def main(options: GateOptions) -> int:
@@ -38,10 +41,11 @@ def main(options: GateOptions) -> int:
     model = options.model or "default"
     try:
         prompts = read_prompts(options.questions, options.prompts)
-        folder = resolve_model(model, lambda said: print(said, file=sys.stderr))  # noqa: T201 - a command's progress
+        _say(_plan(options, display_name(model), len(prompts)))
+        folder = resolve_model(model, _say)
         report = asyncio.run(run(options, folder, display_name(model), prompts))
     except (ModelError, ValueError) as error:
-        print(f"drystone check: {error}", file=sys.stderr)  # noqa: T201 - a command's error
+        _say(f"drystone check: {error}")
         return 1
     if options.json:
         print(json.dumps({**asdict(report), "passed": report.passed}))  # noqa: T201 - a command's output
@@ -102,4 +106,26 @@ async def _question_logits(reference: Reference, blocks: list[list[int]], questi
 
 def _progress(prompts: list[GatePrompt], what: str) -> Iterator[tuple[int, GatePrompt]]:
     console = Console(stderr=True)
-    yield from track(list(enumerate(prompts)), description=what, console=console, disable=not console.is_terminal)
+    if console.is_terminal:
+        yield from track(list(enumerate(prompts)), description=what, console=console)
+        return
+    for index, prompt in enumerate(prompts):
+        yield index, prompt
+        done = index + 1
+        if done % _PROMPTS_PER_LINE == 0 or done == len(prompts):
+            _say(f"{what}: {done} of {len(prompts)} prompts")
+
+
+def _plan(options: GateOptions, name: str, prompts: int) -> str:
+    """What a check will do, and about how long it takes."""
+    parts = [f"{_FLOAT32} {attention}" for attention in options.attention if _FLOAT32 in options.dtypes]
+    parts += [dtype for dtype in options.dtypes if dtype != _FLOAT32]
+    minutes = max(1, round(prompts * len(parts) * _SECONDS_PER_PROMPT / 60))
+    return (
+        f"checking model {name}: {prompts} prompts in {', '.join(parts)}; about {minutes} "
+        f"minute{'s' if minutes > 1 else ''} on two cores: roughly {_SECONDS_PER_PROMPT} s a prompt and type"
+    )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201 - a command's progress

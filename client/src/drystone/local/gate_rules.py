@@ -11,7 +11,8 @@ from drystone.local.reference import Reference, ReferenceRun, Stop
 
 # Largest logit difference at the first generated position in float32, by prompt length in tokens.
 LOGIT_LIMITS = ((2048, 1e-4), (8192, 1e-3))
-TIES_PER_TOKEN = 1 / 1000
+# At most one tie in so many tokens; none in fewer.
+TOKENS_PER_TIE = 1000
 RMS_RATIO_LIMIT = 1.25
 
 
@@ -40,6 +41,7 @@ class Comparison:
         logit_limit: What that may be.
         ties: Steps at which the served token is not the reference's, and either is right.
         beyond: Gaps of steps at which it is not, and that are no ties.
+        unexplained: The answers part, or one ends before the other, where no tie has been.
     """
 
     index: int
@@ -50,11 +52,12 @@ class Comparison:
     logit_limit: float
     ties: list[float] = field(default_factory=list)
     beyond: list[float] = field(default_factory=list)
+    unexplained: bool = False
 
     @property
     def passed(self) -> bool:
         """Equal up to ties, and near enough in logits."""
-        return not self.beyond and self.logit_difference <= self.logit_limit
+        return not self.beyond and not self.unexplained and self.logit_difference <= self.logit_limit
 
 
 def compare_tokens(
@@ -64,7 +67,8 @@ def compare_tokens(
 
     Where the answers part, the reference is led along the served tokens: each step at which it would
     have chosen otherwise must be a near tie, that is, its own gap to the served token is below twice
-    the difference measured between the two systems' logits.
+    the difference measured between the two systems' logits. Where the answers part without such a
+    tie, or one is shorter without one, they are simply different.
     """
     length = sum(map(len, blocks)) + len(question)
     difference = float((served.question_logits[-1] - run.logits_first).abs().max())
@@ -79,10 +83,25 @@ def compare_tokens(
     if not comparison.equal:
         forced = [*served.token_ids, *([served.ended_by] if served.ended_by is not None else [])]
         led = reference.block_generate(blocks, question, len(forced), forced=forced)
-        gaps = [gap for gap in led.step_forced_gaps if gap > 0]
-        comparison.ties = [gap for gap in gaps if gap < 2 * difference]
-        comparison.beyond = [gap for gap in gaps if gap >= 2 * difference]
+        steps = list(zip(led.token_ids, forced, led.step_forced_gaps, strict=True))
+        other = [step for step, (chosen, taken, _) in enumerate(steps) if chosen != taken]
+        ties = [step for step in other if steps[step][2] == 0 or steps[step][2] < 2 * difference]
+        comparison.ties = [steps[step][2] for step in ties]
+        comparison.beyond = [steps[step][2] for step in other if step not in ties]
+        comparison.unexplained = _ends_early(served, run) or not any(step <= _parting(served, run) for step in ties)
     return comparison
+
+
+def _parting(served: Served, run: ReferenceRun) -> int:
+    """First step at which two different answers differ: in a token, or in one having ended."""
+    pairs = zip(served.token_ids, run.token_ids, strict=False)
+    shorter = min(len(served.token_ids), len(run.token_ids))
+    return next((step for step, (mine, theirs) in enumerate(pairs) if mine != theirs), shorter)
+
+
+def _ends_early(served: Served, run: ReferenceRun) -> bool:
+    """Served ended by length with fewer tokens than the reference was let generate."""
+    return served.ended_by is None and len(served.token_ids) < len(run.token_ids)
 
 
 @dataclass(slots=True)

@@ -38,7 +38,7 @@ class ServeOptions:
     log_level: str = "info"
     json_logs: bool = False
     start_seconds: float = 300.0
-    grace_seconds: float = 5.0
+    grace_seconds: float = 10.0
 
     @property
     def threads_per_worker(self) -> int:

@@ -29,7 +29,8 @@ class InProcessStack:
         prefill: Prefill workers.
         decode: Decode workers.
         trace: Sees the logits of every row that a decode worker runs.
-        worker_settings: More settings of both kinds of worker.
+        decode_settings: More settings of each decode worker.
+        prefill_settings: More settings of each prefill worker.
         gateway_settings: More settings of the gateway.
     """
 

@@ -9,6 +9,7 @@ After `stop` no process is left. Should this process be killed itself, its child
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import sys
@@ -134,6 +135,8 @@ class Supervisor:
     def stop(self) -> None:
         """Stops the gateway, then the workers, and collects them. May be called repeatedly."""
         self._stopping = True
+        if self._children:
+            self._tell("stopping ...")
         self._end([self._gateway] if self._gateway else [])
         self._end(self._workers)
         self._gateway, self._workers = None, []
@@ -178,7 +181,8 @@ class Supervisor:
         if self._folder is None:
             raise SupervisorError("no folder for ready files")
         self._tell(f"starting {name}")
-        return Child(name, command, self._folder / f"{name}.json", self._relay)
+        environment = commands.environment(name.partition("-")[0], os.environ)
+        return Child(name, command, self._folder / f"{name}.json", self._relay, environment)
 
     def _await_ready(self, children: Iterable[Child], deadline: float) -> dict[str, str]:
         waiting = list(children)

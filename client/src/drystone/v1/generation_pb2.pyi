@@ -209,7 +209,9 @@ Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
 class Started(_message.Message):
-    """The request was admitted. What a client needs to resume it is here."""
+    """The request was admitted by a decode worker. What a client needs to resume it is here; a request refused before
+    that fails without any event.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -32,7 +32,9 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """max_new_tokens was reached."""
     FINISH_REASON_DEADLINE: _FinishReason.ValueType  # 3
-    """The request's own deadline passed; what was generated until then stands."""
+    """The request's own deadline passed; what was generated until then stands. Without a partial answer the call
+    fails with DEADLINE_EXCEEDED instead.
+    """
     FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 4
     """The caller cancelled."""
 
@@ -46,7 +48,9 @@ FINISH_REASON_STOP: FinishReason.ValueType  # 1
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_new_tokens was reached."""
 FINISH_REASON_DEADLINE: FinishReason.ValueType  # 3
-"""The request's own deadline passed; what was generated until then stands."""
+"""The request's own deadline passed; what was generated until then stands. Without a partial answer the call
+fails with DEADLINE_EXCEEDED instead.
+"""
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 4
 """The caller cancelled."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
@@ -107,7 +111,7 @@ class SamplingParams(_message.Message):
     ignore_eos: _builtins.bool
     """Go on after end-of-sequence tokens."""
     min_new_tokens: _builtins.int
-    """No end before this many tokens. Default 0."""
+    """No end by an end-of-sequence or stop token, or a stop string, before this many tokens. Default 0."""
     repetition_penalty: _builtins.float
     """Divides (or multiplies) logits of tokens already seen. Above 0. Default 1."""
     presence_penalty: _builtins.float

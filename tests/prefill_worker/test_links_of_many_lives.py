@@ -1,0 +1,46 @@
+"""Links end with the life of the worker that they lead to; odd addresses harm nobody."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from prefill_worker.encoder import Encoder
+from prefill_worker.link import LinkBrokenError
+from prefill_worker.shipper import Shipper
+from prefill_worker.store import RamStore
+from shared.engine.served_model import ServedModel
+from shared.internal.v1.common_pb2 import KvEndpoint, Reservation, WorkerIdentity
+from shared.runtime import cancelled
+from tests.support.fake_workers import compatibility
+from tests.support.stacks import until
+from tests.support.wire import SENDER, SHAPE
+
+ODD = ["", "inproc://x", "ipc:///tmp/x", "tcp://", "tcp://host:notaport", "tcp://[::", "x" * 9000]
+
+
+@pytest.mark.parametrize("address", ODD)
+async def test_an_odd_address_fails_its_transfer_and_the_shipper_still_closes(address: str) -> None:
+    shipper = Shipper(SENDER, compatibility(), SHAPE, 0.2)
+    reservation = Reservation(worker=WorkerIdentity(worker_id="d", incarnation=1), reservation_id=1, epoch=1)
+    with pytest.raises(LinkBrokenError):
+        await shipper.ship(None, reservation, KvEndpoint(zmq_address=address))  # type: ignore[arg-type]
+    async with asyncio.timeout(5):
+        await shipper.close()
+
+
+async def test_encoding_pauses_while_too_much_waits_to_be_shipped(served: ServedModel) -> None:
+    store = RamStore(0)
+    encoder = Encoder(served, store, max_queued=100, max_unshipped_bytes=1)
+    running = asyncio.create_task(encoder.run())
+    first, _ = encoder.request(b"1" * 32, [5, 6, 7], store=False)
+    second, _ = encoder.request(b"2" * 32, [5, 6, 8], store=False)
+    await first.done
+    await asyncio.sleep(0.1)
+    assert not second.done.done()
+    encoder.leave(first)
+    await until(second.done.done)
+    encoder.leave(second)
+    assert encoder._unshipped_bytes == 0
+    await cancelled(running)

@@ -1,0 +1,242 @@
+"""One block over a wire that corrupts, cuts, drops, repeats and reorders: right, or refused with a reason."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import pytest
+
+from prefill_worker.encoder import raw_bytes
+from prefill_worker.link import LinkBrokenError
+from shared.errors import DrystoneError, Reason
+from shared.internal.v1.transfer_pb2 import TransferHeader
+from tests.support.decode_parts import assert_all_free_after_eviction
+from tests.support.stacks import until
+from tests.support.wire import CHUNKS, SHAPE, TOKENS, Fault, Frames, Wire, flipped, make_block, untouched, wired
+
+
+def once(change: Callable[[Frames], list[Frames]], *, kind: str = "chunk", skip: int = 1) -> Fault:
+    """A fault that strikes one message of a kind, after `skip` of them."""
+    left = [skip]
+
+    def fault(header: TransferHeader | None, frames: Frames) -> list[Frames]:
+        if header is None or header.WhichOneof("message") != kind:
+            return [frames]
+        left[0] -= 1
+        return change(frames) if left[0] == -1 else [frames]
+
+    return fault
+
+
+async def assert_ships(wire: Wire, number: int = 1) -> int:
+    """Ships a block, compares every byte, and finds nothing left over; chunks sent again."""
+    block = make_block(number)
+    request = wire.expect(block)
+    shipped = await wire.ship(block, wire.reservation(request))
+    assert wire.resident_bytes(block) == bytes(raw_bytes(block.extent))
+    wire.end(request)
+    [link] = wire.links()
+    assert link._transfers == {}
+    assert link._credit == 16 << 20
+    assert_all_free_after_eviction(wire.pool)
+    return shipped.chunks_resent
+
+
+async def test_a_sound_wire() -> None:
+    async with wired() as wire:
+        assert await assert_ships(wire) == 0
+        assert await assert_ships(wire, 2) == 0
+        assert wire.relay.pairs == 1
+        assert wire.receiver.refused_total == 0
+        assert wire.receiver.received_bytes == 2 * SHAPE.extent_bytes(TOKENS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda frames: [[frames[0], flipped(frames[1])]],
+        lambda frames: [[frames[0], flipped(frames[1], 0)]],
+        lambda frames: [[frames[0], frames[1][:-1]]],
+        lambda frames: [[frames[0], b""]],
+        lambda frames: [[frames[0]]],
+        lambda frames: [[*frames, b"more"]],
+        lambda frames: [[frames[0], frames[1] + b"x"]],
+    ],
+    ids=["one bit", "first bit", "one byte less", "empty", "no data frame", "a frame more", "one byte more"],
+)
+@pytest.mark.parametrize("skip", [0, CHUNKS - 1], ids=["first chunk", "last chunk"])
+async def test_a_damaged_chunk_is_refused_and_sent_again(change: Callable[[Frames], list[Frames]], skip: int) -> None:
+    async with wired() as wire:
+        wire.relay.there = once(change, skip=skip)
+        assert await assert_ships(wire) == 1
+        assert wire.receiver.refused_total == 1
+
+
+@pytest.mark.parametrize("skip", range(CHUNKS))
+async def test_a_repeated_chunk_changes_nothing(skip: int) -> None:
+    async with wired(seconds=2.0) as wire:
+        wire.relay.there = once(lambda frames: [frames, frames], skip=skip)
+        assert await assert_ships(wire) == 0
+
+
+async def test_every_message_twice() -> None:
+    async with wired(seconds=2.0) as wire:
+        wire.relay.there = lambda _, frames: [frames, frames]
+        wire.relay.back = lambda _, frames: [frames, frames]
+        for number in range(3):
+            await assert_ships(wire, number)
+
+
+async def test_chunks_in_any_order() -> None:
+    async with wired() as wire:
+        held: list[Frames] = []
+
+        def reversed_chunks(header: TransferHeader | None, frames: Frames) -> list[Frames]:
+            if header is None or not header.HasField("chunk"):
+                return [frames]
+            held.append(frames)
+            return held[::-1] if len(held) == CHUNKS else []
+
+        wire.relay.there = reversed_chunks
+        assert await assert_ships(wire) == 0
+
+
+async def test_a_chunk_that_never_arrives_whole_is_given_up() -> None:
+    async with wired() as wire:
+        wire.relay.there = lambda header, frames: (
+            [[frames[0], flipped(frames[1])]] if header is not None and header.chunk.chunk_index == 2 else [frames]
+        )
+        block = make_block(1)
+        request = wire.expect(block)
+        with pytest.raises(DrystoneError, match="CHECKSUM") as caught:
+            await wire.ship(block, wire.reservation(request))
+        assert caught.value.reason is Reason.TRANSFER_FAILED
+        assert not isinstance(caught.value, LinkBrokenError)
+        assert wire.committed == []
+        wire.end(request)
+        wire.relay.there = untouched
+        await assert_ships(wire)
+        assert wire.relay.pairs == 1, "the link was sound"
+
+
+@pytest.mark.parametrize("kind", ["offer", "chunk", "chunk_result", "committed"])
+async def test_a_lost_message_ends_the_transfer_in_time_and_the_next_one_gets_a_new_link(kind: str) -> None:
+    async with wired(seconds=0.3) as wire:
+        lost = once(lambda _: [], kind=kind, skip=0)
+        wire.relay.there = wire.relay.back = lost
+        block = make_block(1)
+        request = wire.expect(block)
+        began = time.monotonic()
+        try:
+            await wire.ship(block, wire.reservation(request))
+        except DrystoneError as error:
+            assert error.reason is Reason.TRANSFER_FAILED  # noqa: PT017 - a lost answer to a chunk may not matter
+            if isinstance(error, LinkBrokenError):
+                assert wire.shipper._links == {}
+        else:
+            assert kind == "chunk_result"
+        assert time.monotonic() - began < 2.0
+        assert bool(wire.committed) is (kind in ("committed", "chunk_result"))
+        wire.end(request)
+        assert_all_free_after_eviction(wire.pool)
+        wire.relay.there = wire.relay.back = untouched
+        await assert_ships(wire, 2)
+
+
+@pytest.mark.parametrize("kind", ["hello", "offer", "chunk"])
+async def test_a_header_that_cannot_be_read_ends_the_transfer_and_the_next_one_succeeds(kind: str) -> None:
+    async with wired(seconds=0.5) as wire:
+        wire.relay.there = once(lambda frames: [[flipped(frames[0], 77), *frames[1:]]], kind=kind, skip=0)
+        block = make_block(1)
+        request = wire.expect(block)
+        with pytest.raises(DrystoneError) as caught:
+            await wire.ship(block, wire.reservation(request))
+        assert caught.value.reason is Reason.TRANSFER_FAILED
+        wire.end(request)
+        await assert_ships(wire)
+
+
+async def test_an_answer_that_cannot_be_read_is_passed_over() -> None:
+    async with wired(seconds=0.5) as wire:
+        wire.relay.back = once(lambda frames: [[flipped(frames[0], 77)]], kind="chunk_result", skip=0)
+        assert await assert_ships(wire) == 0
+
+
+async def test_a_greeting_that_is_answered_with_noise_does_not_spoil_the_next() -> None:
+    async with wired(seconds=0.5) as wire:
+        wire.relay.back = once(lambda _: [[b"noise"]], kind="welcome", skip=0)
+        block = make_block(1)
+        request = wire.expect(block)
+        with pytest.raises(DrystoneError, match="another protocol"):
+            await wire.ship(block, wire.reservation(request))
+        wire.end(request)
+        await assert_ships(wire)
+
+
+async def test_a_connection_made_anew_is_noticed_at_once() -> None:
+    async with wired(seconds=8.0) as wire:
+        await assert_ships(wire)
+        await wire.relay.reconnect()
+        block = make_block(2)
+        request = wire.expect(block)
+        began = time.monotonic()
+        with pytest.raises(DrystoneError, match="NO_HELLO"):
+            await wire.ship(block, wire.reservation(request))
+        assert time.monotonic() - began < 2.0
+        wire.end(request)
+        await assert_ships(wire, 3)
+
+
+async def test_a_ship_cancelled_midway_gives_its_credit_back() -> None:
+    async with wired() as wire:
+        await assert_ships(wire)
+        held: list[Frames] = []
+        wire.relay.there = lambda header, frames: (
+            [frames] if header is None or not header.HasField("chunk") else (held.append(frames), [])[1]  # type: ignore[func-returns-value] # held, not sent
+        )
+        block = make_block(2)
+        request = wire.expect(block)
+        shipping = asyncio.create_task(wire.ship(block, wire.reservation(request)))
+        await until(lambda: len(held) == CHUNKS)
+        [link] = wire.links()
+        assert link._credit == (16 << 20) - SHAPE.extent_bytes(TOKENS)
+        shipping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await shipping
+        wire.end(request)
+        wire.relay.there = untouched
+        await assert_ships(wire, 3)
+
+
+async def test_all_transfers_of_a_link_that_breaks_end_with_a_reason() -> None:
+    async with wired(seconds=0.4) as wire:
+        await assert_ships(wire)
+        wire.relay.there = lambda header, frames: [] if header is not None and header.HasField("chunk") else [frames]
+        blocks = [make_block(number) for number in range(5, 9)]
+        requests = [wire.expect(block) for block in blocks]
+        ships = [wire.ship(block, wire.reservation(one)) for block, one in zip(blocks, requests, strict=True)]
+        began = time.monotonic()
+        ended = await asyncio.gather(*ships, return_exceptions=True)
+        assert time.monotonic() - began < 2.0
+        assert [type(error) for error in ended] == [LinkBrokenError] * 4
+        for request in requests:
+            wire.end(request)
+        wire.relay.there = untouched
+        await assert_ships(wire, 10)
+
+
+async def test_more_than_the_credit_waits_its_turn() -> None:
+    async with wired() as wire:
+        blocks = [make_block(number) for number in range(7)]
+        assert 7 * SHAPE.extent_bytes(TOKENS) > 16 << 20
+        requests = [wire.expect(block) for block in blocks]
+        await asyncio.gather(
+            *(wire.ship(block, wire.reservation(one)) for block, one in zip(blocks, requests, strict=True))
+        )
+        for block in blocks:
+            assert wire.resident_bytes(block) == bytes(raw_bytes(block.extent))
+        for request in requests:
+            wire.end(request)
+        await assert_ships(wire, 20)
