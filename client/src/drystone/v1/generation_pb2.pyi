@@ -175,7 +175,7 @@ class GenerateResponse(_message.Message):
     COMPLETED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> Global___Started:
-        """First event of every stream."""
+        """First event of every stream whose request was admitted."""
 
     @_builtins.property
     def delta(self) -> Global___Delta:
