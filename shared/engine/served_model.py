@@ -19,8 +19,6 @@ from shared.kv.layout import LAYOUT_VERSION
 from shared.model.catalog import ModelError
 from shared.model.fingerprint import fingerprint
 
-MIN_CONTEXT_TOKENS = 64
-
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
@@ -111,8 +109,6 @@ def load(folder: Path, *, name: str, dtype: str, device: str = "cpu", context_to
     context = context_tokens or limit
     if context > limit:
         raise ValueError(f"context_tokens: {context} is more than the model's {limit}")
-    if context < MIN_CONTEXT_TOKENS:
-        raise ValueError(f"context_tokens: {context} is less than {MIN_CONTEXT_TOKENS}")
     transformers_logging.disable_progress_bar()  # workers log; they have no terminal
     module = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, chosen), attn_implementation=seam.NAME, use_safetensors=True
