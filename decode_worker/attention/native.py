@@ -6,9 +6,12 @@ a C++ compiler and ninja) and kept in the cache; without a compiler the torch pa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,13 +139,19 @@ def load(folder: Path) -> NativeKernel | None:
 
 
 def _build(library: Path) -> None:
-    if shutil.which("ninja") is None or not any(map(shutil.which, ("c++", "g++", "clang++"))):
+    # ninja lies beside this Python, whose environment may not be activated; torch looks for it on PATH.
+    before = os.environ.get("PATH", "")
+    path = os.pathsep.join([str(Path(sys.executable).parent), before])
+    if not (shutil.which("ninja", path=path) and any(shutil.which(c, path=path) for c in ("c++", "g++", "clang++"))):
         raise RuntimeError("no C++ compiler or no ninja; the torch path serves")
     from torch.utils.cpp_extension import load as build
 
     logs.get("kernel").info("building_native_kernel", into=str(library))
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as aside:
+    os.environ["PATH"] = path
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.environ.__setitem__, "PATH", before)
+        aside = undo.enter_context(tempfile.TemporaryDirectory(dir=library.parent))
         build("drystone_cpu", [str(SOURCE)], extra_cflags=[*_FLAGS], is_python_module=False, build_directory=aside)
         (Path(aside) / "drystone_cpu.so").replace(library)
 
