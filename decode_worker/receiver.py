@@ -33,6 +33,7 @@ from shared.kv.birth import CHECKSUM_FUNCTION, CHUNK_BYTES, chunk_checksum, chun
 from shared.kv.layout import KvShape
 from shared.transfer.compatibility import difference
 from shared.transfer.envelope import MAX_HEADER_BYTES, MalformedFrameError, seal, unseal
+from shared.transfer.raw import raw_bytes
 
 PAIR_CREDIT_BYTES = 16 << 20
 _CHUNK_FRAMES = 2
@@ -193,7 +194,7 @@ class Receiver:
         expected = chunk_plan(self._shape, tokens)[chunk.chunk_index]
         landed = self._view(found)[expected.offset : expected.offset + expected.length]
         landed.copy_(torch.frombuffer(frames[1].buffer, dtype=torch.uint8))
-        checksum = chunk_checksum(found.key, found.birth_id, self._shape, tokens, expected, _raw(landed))
+        checksum = chunk_checksum(found.key, found.birth_id, self._shape, tokens, expected, raw_bytes(landed))
         if checksum != chunk.checksum:
             return _R.REFUSAL_REASON_CHECKSUM, "checksum does not match"
         return _TAKEN, ""
@@ -225,8 +226,3 @@ class Receiver:
     ) -> TransferHeader:
         self.refused_total += 1
         return TransferHeader(refused=Refused(transfer_id=transfer_id, reason=reason, message=message, field=field))
-
-
-def _raw(data: torch.Tensor) -> memoryview:
-    """Bytes of a uint8 tensor on the CPU, sharing its memory."""
-    return memoryview(data.numpy())  # type: ignore[arg-type] # arrays are buffers

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import torch
-
 from prefill_worker.store import RamStore, StoredBlock
 from shared import logs
 from shared.engine.encode import encode_block, new_extent
 from shared.engine.served_model import ServedModel
 from shared.errors import DrystoneError, Reason
 from shared.kv.birth import make_birth
+from shared.transfer.raw import raw_bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -147,11 +146,6 @@ class Encoder:
         encode_block(self._model, list(encoding.token_ids), extent)
         birth = make_birth(encoding.key, self._model.geometry.shape, tokens, raw_bytes(extent))
         return StoredBlock(encoding.key, encoding.token_ids, extent, birth)
-
-
-def raw_bytes(extent: torch.Tensor) -> memoryview:
-    """An extent's bytes, sharing its memory."""
-    return memoryview(extent.view(torch.uint8).view(-1).numpy())  # type: ignore[arg-type] # arrays are buffers
 
 
 def _fail(encoding: Encoding, error: DrystoneError) -> None:

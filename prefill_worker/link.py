@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import zmq
 import zmq.asyncio
 
-from prefill_worker.encoder import raw_bytes
 from prefill_worker.store import StoredBlock
 from shared import logs
 from shared.enums import enum_name
@@ -37,6 +36,7 @@ from shared.kv.birth import CHECKSUM_FUNCTION, ChunkRange, chunk_plan
 from shared.kv.layout import KvShape
 from shared.runtime import cancelled
 from shared.transfer.envelope import MalformedFrameError, seal, unseal
+from shared.transfer.raw import raw_bytes
 
 HELLO_SECONDS = 5.0
 _MAX_RESENDS = 8

@@ -120,7 +120,7 @@ def _read(cls: type[SettingsT], program: str, arguments: list[str]) -> SettingsT
         if {"-h", "--help"} & set(arguments):
             print(_NO_DEFAULT.sub("", parser.format_help()), end="")  # noqa: T201 - a command's help
             raise SystemExit(0)
-        return cls(_cli_settings_source=flags(args=arguments))  # type: ignore[call-arg]
+        return cls(_cli_settings_source=flags(args=arguments))  # type: ignore[call-arg] # pydantic's own keyword
     except ValidationError as error:
         for problem in error.errors():
             print(f"{program}: {_told(problem, file)}", file=sys.stderr)  # noqa: T201 - before logging exists

@@ -131,7 +131,7 @@ def load(folder: Path) -> NativeKernel | None:
     try:
         if not library.exists():
             _build(library)
-        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call] # torch's own
     except (RuntimeError, OSError) as error:
         log.warning("native_kernel_off", reason=str(error).partition("\n")[0])
         return None

@@ -14,7 +14,11 @@ class _NotYet:
 
 
 def _differs(name: str, neutral: float) -> Callable[[GenerateRequest], bool]:
-    return lambda request: request.sampling.HasField(name) and getattr(request.sampling, name) != neutral  # type: ignore[arg-type]
+    def asked(request: GenerateRequest) -> bool:
+        sampling = request.sampling
+        return sampling.HasField(name) and getattr(sampling, name) != neutral  # type: ignore[arg-type] # a field by name
+
+    return asked
 
 
 # Delete a row when its field works.

@@ -40,7 +40,7 @@ def check_sampling(sampling: SamplingParams, limits: PromptLimits) -> None:
     """
     for rule in _NUMBERS:
         value = getattr(sampling, rule.field)
-        if sampling.HasField(rule.field) and not rule.allows(value):  # type: ignore[arg-type]
+        if sampling.HasField(rule.field) and not rule.allows(value):  # type: ignore[arg-type] # a field by name
             raise InvalidRequestError(
                 Reason.INVALID_SAMPLING, f"sampling.{rule.field}", rule.must, limit=rule.limit, value=value
             )

@@ -45,12 +45,14 @@ class ServedModel:
     @property
     def dtype(self) -> torch.dtype:
         """Type of weights and KV."""
-        return getattr(torch, self.geometry.shape.dtype)  # type: ignore[no-any-return]
+        named: torch.dtype = getattr(torch, self.geometry.shape.dtype)
+        return named
 
     @property
     def device(self) -> torch.device:
         """Where weights and KV live."""
-        return self.module.device  # type: ignore[no-any-return]
+        where: torch.device = self.module.device
+        return where
 
     @property
     def vocabulary_size(self) -> int:

@@ -12,12 +12,12 @@ import zmq
 import zmq.asyncio
 
 from decode_worker.request import Request
-from prefill_worker.encoder import raw_bytes
 from prefill_worker.store import StoredBlock
 from shared.internal.v1 import transfer_pb2 as pb
 from shared.internal.v1.common_pb2 import Reservation, WorkerIdentity
 from shared.kv.birth import CHECKSUM_FUNCTION, CHUNK_BYTES, chunk_plan, make_birth
 from shared.transfer.envelope import MAX_HEADER_BYTES, seal, unseal
+from shared.transfer.raw import raw_bytes
 from tests.support.decode_parts import IDENTITY, assert_all_free_after_eviction
 from tests.support.fake_workers import compatibility
 from tests.support.wire import SENDER, SHAPE, TOKENS, Wire, make_block, wired

@@ -10,13 +10,14 @@ from collections.abc import AsyncIterator
 import pytest
 
 from prefill_worker import encoder as module
-from prefill_worker.encoder import Encoder, raw_bytes
+from prefill_worker.encoder import Encoder
 from prefill_worker.store import RamStore
 from shared.engine import served_model
 from shared.engine.served_model import ServedModel
 from shared.errors import DrystoneError, Reason
 from shared.kv.birth import chunk_checksum, chunk_plan
 from shared.runtime import cancelled
+from shared.transfer.raw import raw_bytes
 from tests.conftest import MakeFolder
 from tests.support.stacks import until
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
-from prefill_worker.encoder import raw_bytes
 from shared.errors import DrystoneError, Reason
 from shared.internal.v1.transfer_pb2 import TransferHeader
 from shared.transfer.envelope import seal
+from shared.transfer.raw import raw_bytes
 from tests.support.decode_parts import assert_all_free_after_eviction
 from tests.support.wire import CHUNKS, Frames, Wire, flipped, make_block, wired
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from prefill_worker.encoder import raw_bytes
 from prefill_worker.link import LinkBrokenError
 from shared.errors import DrystoneError, Reason
 from shared.internal.v1.transfer_pb2 import TransferHeader
+from shared.transfer.raw import raw_bytes
 from tests.support.decode_parts import assert_all_free_after_eviction
 from tests.support.stacks import until
 from tests.support.wire import CHUNKS, SHAPE, TOKENS, Fault, Frames, Wire, flipped, make_block, untouched, wired

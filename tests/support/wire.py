@@ -14,7 +14,6 @@ import zmq.asyncio
 from decode_worker.pool import Pool
 from decode_worker.receiver import Receiver
 from decode_worker.request import Fetch, Request
-from prefill_worker.encoder import raw_bytes
 from prefill_worker.link import Link, Shipped
 from prefill_worker.shipper import Shipper
 from prefill_worker.store import StoredBlock
@@ -24,6 +23,7 @@ from shared.kv.birth import make_birth
 from shared.kv.layout import KvShape
 from shared.runtime import cancelled
 from shared.transfer.envelope import MalformedFrameError, unseal
+from shared.transfer.raw import raw_bytes
 from tests.support.decode_parts import make_pool, make_request
 from tests.support.fake_workers import compatibility
 
