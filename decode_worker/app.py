@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from decode_worker.arena import Arena
-from decode_worker.attention import native
+from decode_worker.attention import base
 from decode_worker.engine import Engine
 from decode_worker.opening import Opener
 from decode_worker.pool import Pool
@@ -28,7 +28,6 @@ from shared.internal.v1.common_pb2 import KvEndpoint, WorkerIdentity
 from shared.internal.v1.decode_pb2_grpc import add_DecodeServicer_to_server
 from shared.internal.v1.worker_pb2_grpc import add_WorkerServicer_to_server
 from shared.metrics import Metrics
-from shared.model.catalog import cache_dir
 from shared.rpc.server import RpcServer
 from shared.rpc.worker_service import WorkerService
 from shared.runtime import cancelled, host_name
@@ -60,12 +59,12 @@ class DecodeApp:
         except RuntimeError as error:
             raise ValueError(f"pool_bytes: {settings.pool_bytes} bytes cannot be had on {settings.device}") from error
         self.pool = Pool(arena, self.identity)
-        kernel = native.load(cache_dir() / "kernels") if settings.native_kernel else None
+        attention = base.make(settings.attention, self.model, arena)
         self._endpoint = KvEndpoint(host=host_name())
         self.engine = Engine(
             self.model,
             self.pool,
-            Runner(self.model, arena, trace, kernel),
+            Runner(self.model, attention, trace),
             max_waiting=settings.max_waiting,
             endpoint=self._endpoint,
             stall_seconds=settings.fetch_stall_seconds,

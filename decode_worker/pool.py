@@ -181,7 +181,7 @@ class Pool:
         pinned = {pin.block.key: pin.block for pin in request.pins}
         for block in request.blocks:
             key = bytes(block.key)
-            request.placements.append(Placement(key, self.arena.view(pinned[key].extent), offset))
+            request.placements.append(Placement(key, pinned[key].extent, offset))
             offset += len(block.token_ids)
 
     def check_integrity(self, running: list[Request]) -> None:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from decode_worker.arena import Arena
-from decode_worker.attention.native import NativeKernel
+from decode_worker.attention.base import SegmentAttention
 from decode_worker.request import Request
 from decode_worker.sampler import choose
 from decode_worker.scheduler import StepEntry
-from decode_worker.step import StepContext
+from decode_worker.step import StepPlan
 from shared.engine.served_model import ServedModel
 from shared.errors import DrystoneError, Reason
 
@@ -23,32 +22,28 @@ LogitTrace = Callable[[Request, torch.Tensor, int], None]
 
 
 class Runner:
-    """The model and the arena of one worker.
+    """The model of one worker and how it attends.
 
     Args:
         model: Used by this object's thread alone.
-        arena: Its extents are written only for requests of the running step.
+        attention: Reads and writes the arena, for requests of the running step alone.
         trace: For the exactness gate: sees the logits of every row. None in service.
-        kernel: The CPU kernel for decode steps; None takes the torch path for all.
     """
 
-    def __init__(
-        self, model: ServedModel, arena: Arena, trace: LogitTrace | None = None, kernel: NativeKernel | None = None
-    ) -> None:
-        self._kernel = kernel
+    def __init__(self, model: ServedModel, attention: SegmentAttention, trace: LogitTrace | None = None) -> None:
         self._model = model
-        self._arena = arena
+        self._attention = attention
         self._trace = trace
 
     @torch.inference_mode()
     def run(self, entries: Sequence[StepEntry]) -> list[Outcome]:
         """One step; the outcome of each entry."""
         spans = [entry.span for entry in entries]
-        context = StepContext(self._arena, self._model.geometry.layers, spans, self._kernel)
+        plan = StepPlan(spans)
         ends = torch.tensor([len(span.token_ids) for span in spans]).cumsum(0) - 1
         wanted = [index for index, entry in enumerate(entries) if entry.samples]
         keep = ends[wanted] if self._trace is None else torch.arange(int(ends[-1]) + 1)
-        logits = self._model.forward_logits(context.token_ids, context.positions, keep.to(self._model.device), context)
+        logits = self._model.forward_logits(plan.token_ids, plan.positions, keep, self._attention.begin(plan))
         if self._trace is not None:
             self._show(entries, logits)
             logits = logits[ends[wanted]]

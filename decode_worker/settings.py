@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, field_validator
 
 from shared.settings import WorkerSettings
@@ -14,8 +16,8 @@ class DecodeSettings(WorkerSettings):
     kv_host: str = Field("127.0.0.1", description="Address that KV is received on, as prefill workers reach it.")
     kv_port: int = Field(0, ge=0, le=65535, description="Port that KV is received on; 0 takes a free one.")
     max_waiting: int = Field(256, ge=0, description="Requests that may wait for room before others are refused.")
-    native_kernel: bool = Field(
-        default=True, description="Build and use the CPU kernel for decode steps where a C++ compiler is found."
+    attention: Literal["auto", "flash", "native"] = Field(
+        "auto", description="Backend of the decode step's attention; auto takes the fastest that this machine can run."
     )
     fetch_stall_seconds: float = Field(
         20.0, gt=0, description="Time without progress after which a block's fetch is driven anew, in seconds."

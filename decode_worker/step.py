@@ -1,8 +1,9 @@
-"""One step's attention: every block's KV read once for all rows that use it, partials merged exactly.
+"""What the rows of one step attend to: every run of keys once, with the rows that read it.
 
 Rows of all requests in the step are packed into one sequence. A **piece** is one run of keys and the
 rows that attend to it: a block with the stacked rows of every request that uses it, each rotated back
-by its own offset; or a part of one request's tail, unrotated.
+by its own offset; or a part of a tail, unrotated, which several samples or turns of a conversation may
+share.
 
     packed rows      r0 r1 r2 | r3 | r4              (request A's question, B, C decoding)
     block X  piece   r0 r1 r2   r3                   rotated back by A's offset, by B's offset
@@ -18,26 +19,22 @@ from dataclasses import dataclass, field
 
 import torch
 
-from decode_worker.arena import Arena
-from decode_worker.attention.native import NativeKernel, Run
+from decode_worker.arena import Extent
 from decode_worker.tail import SEGMENT_TOKENS, Tail
-from shared.engine.partials import causal_partial, dense_partial, masked_partial, merge_partials
-from shared.engine.probe import LayerGeometry
-from shared.engine.rotation import Rotation
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A block laid into a prompt: its KV [layers, tokens, 2, kv_heads, head_dim] and its offset in tokens."""
+    """A block laid into a prompt: its extent and its offset in tokens."""
 
     key: bytes
-    kv: torch.Tensor
+    extent: Extent
     offset: int
 
 
 @dataclass(frozen=True, slots=True)
 class RowSpan:
-    """One request's rows in a step: its next `len(token_ids)` tokens."""
+    """One sample's rows in a step: its next `len(token_ids)` tokens."""
 
     token_ids: Sequence[int]
     placements: Sequence[Placement]
@@ -50,174 +47,120 @@ class RowSpan:
 
 
 @dataclass(slots=True)
-class _Piece:
-    """A run of keys `kv [layers, n, 2, kv_heads, d]` whose first key lies at `bases[i]` for row `rows[i]`."""
+class Piece:
+    """A run of keys and the rows that attend to it.
 
-    kv: torch.Tensor
+    Attributes:
+        first: Record of its first key in layer 0.
+        stride: Records from one layer to the next.
+        keys: Keys in the run.
+        local: Keys lie at local positions: row i's query is turned back by `bases[i]`. Else they lie at global ones.
+        causal: Row i sees keys 0..i, and rows past the last key see all. Else every row sees every key.
+        rows: Query rows, in packed order.
+        bases: Global position of the first key, for each row.
+    """
+
+    first: int
+    stride: int
+    keys: int
+    local: bool
     causal: bool
     rows: list[int] = field(default_factory=list)
     bases: list[int] = field(default_factory=list)
 
+    def view(self, records: torch.Tensor, layer: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, each [keys, kv_heads, head_dim], sharing the arena's memory."""
+        start = self.first + layer * self.stride
+        kv = records[start : start + self.keys].view(self.keys, 2, kv_heads, -1)
+        return kv[:, 0], kv[:, 1]
 
-class StepContext:
-    """Attention context of one step; built once, used by every layer, then dropped."""
 
-    def __init__(
-        self,
-        arena: Arena,
-        layers: Sequence[LayerGeometry],
-        spans: Sequence[RowSpan],
-        kernel: NativeKernel | None = None,
-    ) -> None:
-        self._records = arena.records
-        self._layers = layers
-        device = arena.records.device
-        self.token_ids = torch.tensor([token for span in spans for token in span.token_ids], device=device)
+class StepPlan:
+    """One step, laid out for whichever backend runs it. Made anew for each step.
+
+    Args:
+        spans: Rows by sample.
+        share: False gives every sample a piece of its own for each block: for measuring what sharing saves.
+
+    Attributes:
+        token_ids: int64 [rows].
+        positions: int64 [rows], global.
+        slots: int64 [rows]: record of each row's own KV in layer 0; layer l lies `l * SEGMENT_TOKENS` further.
+        pieces: Those with local keys first.
+        rows: int64 [stacked]: query row of each stacked row; stacked rows follow the pieces' order.
+        bases: int64 [stacked].
+        turned: Stacked rows whose queries are turned; they come first.
+        most_rows: Rows of the piece that has most.
+    """
+
+    def __init__(self, spans: Sequence[RowSpan], *, share: bool = True) -> None:
+        self.token_ids = torch.tensor([token for span in spans for token in span.token_ids])
         starts = [(span.position, len(span.token_ids)) for span in spans]
-        self.positions = torch.cat([torch.arange(start, start + count) for start, count in starts]).to(device)
-        self._slots = torch.cat([span.tail.slots(len(span.token_ids)) for span in spans]).to(device)
-        blocks, tails = _block_pieces(spans), _tail_pieces(spans)
-        self._pieces = [*blocks, *tails]
-        self._turned = sum(len(piece.rows) for piece in blocks)
-        self._rows = torch.tensor([row for piece in self._pieces for row in piece.rows], device=device)
-        self._bases = torch.tensor([base for piece in self._pieces for base in piece.bases], device=device)
-        self._table = _merge_table(self._pieces, len(self.token_ids)).to(device)
-        self._kernel = kernel
-        self._runs = kernel.pieces(_runs(self._pieces), arena.shape.record_elements) if kernel is not None else None
-        self._most_rows = max(len(piece.rows) for piece in self._pieces)
-        # Layers with equal rotations share one Rotation object (probe), hence identity as the key.
-        self._angles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.positions = torch.cat([torch.arange(start, start + count) for start, count in starts])
+        self.slots = torch.cat([span.tail.slots(len(span.token_ids)) for span in spans])
+        blocks = _block_pieces(spans, share=share)
+        self.pieces = [*blocks, *_tail_pieces(spans, share=share)]
+        self.turned = sum(len(piece.rows) for piece in blocks)
+        self.rows = torch.tensor([row for piece in self.pieces for row in piece.rows])
+        self.bases = torch.tensor([base for piece in self.pieces for base in piece.bases])
+        self.most_rows = max(len(piece.rows) for piece in self.pieces)
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
-    ) -> torch.Tensor:
-        """Writes the rows' own KV into their tails, then attends to blocks and tails."""
-        if self._kernel is not None and self._runs is not None and window is None:
-            per_head = self._most_rows * q.shape[1] // k.shape[1]
-            if self._kernel.takes(q.dtype, q.shape[3], per_head):
-                return self._attend_natively(self._kernel, self._runs, layer, (q, k, v), scale)
-        own = torch.cat((k[0], v[0]), dim=0).transpose(0, 1).reshape(k.shape[2], -1)
-        self._records.index_copy_(0, self._slots + layer * SEGMENT_TOKENS, own)
-        queries = self._stacked_queries(layer, q[0])
-        heads, partials, width = queries.shape
-        outs = torch.zeros(heads, partials + 1, width, dtype=torch.float32, device=q.device)
-        lses = torch.full((heads, partials + 1), float("-inf"), device=q.device)
-        start = 0
-        for piece in self._pieces:
-            end = start + len(piece.rows)
-            keys, values = piece.kv[layer, :, 0], piece.kv[layer, :, 1]
-            part = queries[:, start:end]
-            if window is None or not self._cut(start, end, window):
-                partial = causal_partial if piece.causal else dense_partial
-                outs[:, start:end], lses[:, start:end] = partial(part, keys, values, scale)
-            else:
-                visible = self._visible(piece, start, end, window)
-                if bool(visible.any()):
-                    outs[:, start:end], lses[:, start:end] = masked_partial(part, keys, values, scale, visible)
-            start = end
-        merged = merge_partials(outs, lses, self._table)
-        return merged.transpose(0, 1)[None].to(q.dtype)
-
-    def _attend_natively(
-        self,
-        kernel: NativeKernel,
-        runs: torch.Tensor,
-        layer: int,
-        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        scale: float,
-    ) -> torch.Tensor:
-        rotation = self._layers[layer].rotation
-        return kernel.attend(
-            self._records,
-            layer,
-            qkv,
-            self._slots,
-            SEGMENT_TOKENS,
-            runs,
-            self._rows,
-            rotation,
-            self._tables(rotation),
-            self._table,
-            scale,
-        )
-
-    def _stacked_queries(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        stacked = q[:, self._rows]
-        rotation = self._layers[layer].rotation
-        if self._turned and rotation.rotary_dim:
-            cos, sin = self._tables(rotation)
-            stacked[:, : self._turned] = rotation.apply(stacked[:, : self._turned], cos, sin).to(q.dtype)
-        return stacked
-
-    def _tables(self, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
-        if id(rotation) not in self._angles:
-            self._angles[id(rotation)] = rotation.tables(-self._bases[: self._turned])
-        return self._angles[id(rotation)]
-
-    def _cut(self, start: int, end: int, window: int) -> bool:
-        """True when some row is too far from the piece's first key to see all of it."""
-        farthest = self.positions[self._rows[start:end]] - self._bases[start:end]
-        return int(farthest.max()) >= window
-
-    def _visible(self, piece: _Piece, start: int, end: int, window: int) -> torch.Tensor:
-        rows = self.positions[self._rows[start:end]][:, None]
-        keys = self._bases[start:end, None] + torch.arange(piece.kv.shape[1], device=rows.device)
-        return (rows - keys < window) & (rows >= keys)
+    def merge_table(self) -> torch.Tensor:
+        """int64 [rows, most]: the stacked rows of each query row, padded with the empty one past the last."""
+        of_row: list[list[int]] = [[] for _ in range(len(self.token_ids))]
+        stacked = 0
+        for piece in self.pieces:
+            for row in piece.rows:
+                of_row[row].append(stacked)
+                stacked += 1
+        most = max(len(partials) for partials in of_row)
+        return torch.tensor([[*partials, *[stacked] * (most - len(partials))] for partials in of_row])
 
 
-def _runs(pieces: Sequence[_Piece]) -> list[Run]:
-    runs, first = [], 0
-    for piece in pieces:
-        runs.append(Run(piece.kv, first, len(piece.rows), piece.causal))
-        first += len(piece.rows)
-    return runs
-
-
-def _block_pieces(spans: Sequence[RowSpan]) -> list[_Piece]:
-    pieces: dict[bytes, _Piece] = {}
+def _block_pieces(spans: Sequence[RowSpan], *, share: bool) -> list[Piece]:
+    pieces: dict[object, Piece] = {}
     first = 0
-    for span in spans:
+    for number, span in enumerate(spans):
         rows = range(first, first + len(span.token_ids))
         for placement in span.placements:
-            piece = pieces.setdefault(placement.key, _Piece(placement.kv, causal=False))
+            extent, key = placement.extent, placement.key if share else (number, placement.offset)
+            piece = pieces.get(key)
+            if piece is None:
+                pieces[key] = piece = Piece(extent.start, extent.tokens, extent.tokens, local=True, causal=False)
             piece.rows.extend(rows)
             piece.bases.extend([placement.offset] * len(rows))
         first = rows.stop
     return list(pieces.values())
 
 
-def _tail_pieces(spans: Sequence[RowSpan]) -> list[_Piece]:
-    pieces = []
+def _tail_pieces(spans: Sequence[RowSpan], *, share: bool) -> list[Piece]:
+    pieces: list[Piece] = []
+    # Full segments that several samples read: samples of one question, turns of one conversation.
+    full: dict[int, Piece] = {}
     first = 0
     for span in spans:
         count, filled = len(span.token_ids), span.tail.filled
         for segment in range(-(-(filled + count) // SEGMENT_TOKENS)):
             begin = segment * SEGMENT_TOKENS
             end = min(begin + SEGMENT_TOKENS, filled + count)
-            view, base = span.tail.view(segment), span.tail.start + begin
+            record, base = span.tail.extents[segment].start, span.tail.start + begin
             # Keys of earlier steps: every row sees them all.
             seen = min(filled, end) - begin
             if seen > 0:
-                rows = list(range(first, first + count))
-                pieces.append(_Piece(view[:, :seen], causal=False, rows=rows, bases=[base] * count))
+                piece = full.get(record) if seen == SEGMENT_TOKENS and share else None
+                if piece is None:
+                    piece = Piece(record, SEGMENT_TOKENS, seen, local=False, causal=False)
+                    pieces.append(piece)
+                    if seen == SEGMENT_TOKENS:
+                        full[record] = piece
+                piece.rows.extend(range(first, first + count))
+                piece.bases.extend([base] * count)
             # Keys of this step: row i of the rest sees keys 0..i, and rows past the segment's end see all.
             own = max(filled, begin)
             if own < end:
                 rows = list(range(first + own - filled, first + count))
-                new = view[:, own - begin : end - begin]
-                bases = [span.tail.start + own] * len(rows)
-                pieces.append(_Piece(new, causal=len(rows) > 1, rows=rows, bases=bases))
+                new = Piece(record + own - begin, SEGMENT_TOKENS, end - own, local=False, causal=len(rows) > 1)
+                new.rows, new.bases = rows, [span.tail.start + own] * len(rows)
+                pieces.append(new)
         first += count
     return pieces
-
-
-def _merge_table(pieces: Sequence[_Piece], rows: int) -> torch.Tensor:
-    """int64 [rows, most]: for each row its partials, padded with the empty one past the last."""
-    of_row: list[list[int]] = [[] for _ in range(rows)]
-    partial = 0
-    for piece in pieces:
-        for row in piece.rows:
-            of_row[row].append(partial)
-            partial += 1
-    most = max(len(partials) for partials in of_row)
-    return torch.tensor([[*partials, *[partial] * (most - len(partials))] for partials in of_row])

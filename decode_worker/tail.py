@@ -43,7 +43,7 @@ class Tail:
         """A chain for `tokens` tokens, or None when the arena has no room; nothing is kept then."""
         tail = cls(arena, [], start)
         for _ in range(segments_for(tokens)):
-            extent = arena.allocate(SEGMENT_TOKENS)
+            extent = arena.allocate(SEGMENT_TOKENS, high=True)
             if extent is None:
                 tail.close()
                 return None

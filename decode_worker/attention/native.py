@@ -14,13 +14,18 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from decode_worker.arena import Arena
+from decode_worker.attention.flash import Angles, FlashStep
+from decode_worker.step import StepPlan
+from decode_worker.tail import SEGMENT_TOKENS
 from shared import logs
-from shared.engine.rotation import Rotation, RotationKind
+from shared.engine.probe import LayerGeometry
+from shared.engine.rotation import RotationKind
+from shared.engine.seam import AttentionContext
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 # Vectorised sums need their order free; infinities and NaN keep their meaning.
@@ -39,23 +44,6 @@ _HEAD_DIMS = frozenset({16, 32, 64, 80, 96, 128, 256})
 MAX_QUERIES = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A piece as the kernel sees it: a run of records and the stacked rows that attend to it.
-
-    Attributes:
-        kv: View [layers, keys, 2, kv_heads, head_dim] into the arena.
-        row_first: First stacked row.
-        rows: Stacked rows.
-        causal: Row i sees keys 0..i; else all.
-    """
-
-    kv: torch.Tensor
-    row_first: int
-    rows: int
-    causal: bool
-
-
 class NativeKernel:
     """The built kernel. Stateless; made by `load`."""
 
@@ -63,60 +51,72 @@ class NativeKernel:
         """True when this kernel has a form for the dtype and head size, and `queries` per KV head are few."""
         return dtype in (torch.float32, torch.bfloat16) and head_dim in _HEAD_DIMS and queries <= MAX_QUERIES
 
-    def pieces(self, runs: Sequence[Run], record_elements: int) -> torch.Tensor:
-        """The kernel's table of pieces, int64 [n, 6]: first, stride, keys, row_first, rows, own."""
-        return torch.tensor(
-            [
-                (
-                    run.kv.storage_offset() // record_elements,
-                    run.kv.stride(0) // record_elements,
-                    run.kv.shape[1],
-                    run.row_first,
-                    run.rows,
-                    0 if run.causal else -1,
-                )
-                for run in runs
-            ],
-            dtype=torch.int64,
-        )
+
+class NativeAttention:
+    """Few rows by the kernel; many rows, and layers with a window, by torch's flash attention.
+
+    Args:
+        arena: Memory of all KV.
+        layers: Rotation and window of each layer.
+        kernel: The built kernel.
+    """
+
+    name = "native"
+
+    def __init__(self, arena: Arena, layers: Sequence[LayerGeometry], kernel: NativeKernel) -> None:
+        self._arena = arena
+        self._layers = layers
+        self._kernel = kernel
+
+    def begin(self, plan: StepPlan) -> AttentionContext:
+        """A step by this backend."""
+        return _NativeStep(self._arena, self._layers, self._kernel, plan)
+
+
+class _NativeStep:
+    def __init__(self, arena: Arena, layers: Sequence[LayerGeometry], kernel: NativeKernel, plan: StepPlan) -> None:
+        self._arena, self._layers, self._kernel, self._plan = arena, layers, kernel, plan
+        self._angles = Angles(plan)
+        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._flash: FlashStep | None = None
 
     def attend(
-        self,
-        records: torch.Tensor,
-        layer: int,
-        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        slots: torch.Tensor,
-        tail_stride: int,
-        pieces: torch.Tensor,
-        rows: torch.Tensor,
-        rotation: Rotation,
-        tables: tuple[torch.Tensor, torch.Tensor],
-        merge: torch.Tensor,
-        scale: float,
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
-        """Writes the rows' own KV and attends.
-
-        Args:
-            records: The arena, [slots, 2 * kv_heads * d].
-            layer: Index of the layer.
-            qkv: [1, heads, rows, d], [1, kv_heads, rows, d] twice, of the records' dtype.
-            slots: Record of each row in layer 0 of its tail, int64 [rows].
-            tail_stride: Records from one layer of a tail segment to the next.
-            pieces: From `pieces`.
-            rows: Query row of each stacked row, int64 [stacked].
-            rotation: How the layer rotates.
-            tables: Cosines and sines of the stacked rows that turn, float32 [turned, rotary_dim]; they come first.
-            merge: Stacked rows of each query row, int64 [rows, most], padded with `stacked`.
-            scale: Factor of the scores.
-
-        Returns:
-            [1, rows, heads, d] in q's dtype.
-        """
-        q, k, v = (x[0].transpose(0, 1).contiguous() for x in qkv)
+        """Writes the rows' own KV into their tails, then attends to blocks and tails."""
+        queries = self._plan.most_rows * q.shape[1] // k.shape[1]
+        if window is not None or not self._kernel.takes(q.dtype, q.shape[3], queries):
+            if self._flash is None:
+                self._flash = FlashStep(self._arena, self._layers, self._plan, self._angles)
+            return self._flash.attend(layer, q, k, v, scale, window)
+        if self._tables is None:
+            self._tables = (pieces_table(self._plan), self._plan.merge_table())
+        pieces, merge = self._tables
+        rotation = self._layers[layer].rotation
+        qkv = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
         out: torch.Tensor = torch.ops.drystone.step_attention(
-            records, layer, q, k, v, slots, tail_stride, pieces, rows, *tables, _KINDS[rotation.kind], merge, scale
+            self._arena.records,
+            layer,
+            *qkv,
+            self._plan.slots,
+            SEGMENT_TOKENS,
+            pieces,
+            self._plan.rows,
+            *self._angles.of(rotation),
+            _KINDS[rotation.kind],
+            merge,
+            scale,
         )
         return out[None]
+
+
+def pieces_table(plan: StepPlan) -> torch.Tensor:
+    """The kernel's table of pieces, int64 [n, 6]: first, stride, keys, row_first, rows, own."""
+    table, first = [], 0
+    for piece in plan.pieces:
+        table.append((piece.first, piece.stride, piece.keys, first, len(piece.rows), 0 if piece.causal else -1))
+        first += len(piece.rows)
+    return torch.tensor(table, dtype=torch.int64)
 
 
 def load(folder: Path) -> NativeKernel | None:

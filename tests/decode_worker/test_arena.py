@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -26,11 +28,11 @@ class ArenaMachine(RuleBasedStateMachine):
         self.held: dict[Extent, float] = {}
         self.marks = 0.0
 
-    @rule(target=extents, tokens=st.integers(1, CAPACITY_TOKENS + 3))
-    def allocate(self, tokens: int) -> object:
-        extent = self.arena.allocate(tokens)
+    @rule(target=extents, tokens=st.integers(1, CAPACITY_TOKENS + 3), high=st.booleans())
+    def allocate(self, tokens: int, *, high: bool = False) -> object:
+        extent = self.arena.allocate(tokens, high=high)
         if extent is None:
-            assert self.longest_free_run() < SHAPE.extent_records(tokens)
+            assert self.arena.longest_free_records == self.longest_free_run() < SHAPE.extent_records(tokens)
             return multiple()
         assert (extent.tokens, extent.records) == (tokens, SHAPE.extent_records(tokens))
         self.marks += 1
@@ -43,7 +45,7 @@ class ArenaMachine(RuleBasedStateMachine):
         self.arena.free(extent)
         del self.held[extent]
         before = self.arena.free_records
-        with pytest.raises(ValueError, match="already free"):
+        with pytest.raises(ValueError, match="not handed out"):
             self.arena.free(extent)
         assert self.arena.free_records == before
 
@@ -51,6 +53,13 @@ class ArenaMachine(RuleBasedStateMachine):
     def free_and_take_again(self, extent: Extent) -> object:
         self.free(extent)
         return self.allocate(extent.tokens)
+
+    @rule(target=extents, tokens=st.integers(1, CAPACITY_TOKENS + 3))
+    def make_room(self, tokens: int) -> object:
+        fits = SHAPE.extent_records(tokens) <= self.arena.free_records
+        assert self.arena.make_room(tokens) == fits
+        assert (self.arena.longest_free_records >= SHAPE.extent_records(tokens)) == fits
+        return self.allocate(tokens)
 
     @invariant()
     def tiles(self) -> None:
@@ -109,10 +118,46 @@ def test_integrity_names_what_does_not_tile() -> None:
     arena = make_arena(8)
     extent = arena.allocate(2)
     assert extent is not None
-    with pytest.raises(AssertionError, match="does not tile"):
+    with pytest.raises(AssertionError, match="1 extents are handed out, and 0 are held"):
         arena.check_integrity([])
-    with pytest.raises(AssertionError, match="does not tile"):
+    with pytest.raises(AssertionError, match="and 2 are held"):
         arena.check_integrity([extent, extent])
+    extent.start += 1
+    with pytest.raises(AssertionError, match="does not tile"):
+        arena.check_integrity([extent])
+
+
+def test_what_fits_by_bytes_gets_a_run_with_nine_tenths_of_the_arena_held_in_random_sizes() -> None:
+    draw = random.Random(7)
+    arena = make_arena(4000)
+    held = {}
+    while (extent := arena.allocate(draw.randint(1, 120), high=draw.random() < 0.3)) is not None:
+        held[extent] = float(len(held) + 1)
+        arena.view(extent).fill_(held[extent])
+    while arena.free_records < 0.1 * arena.capacity_records:
+        extent = draw.choice(list(held))
+        arena.free(extent)
+        del held[extent]
+    tokens = arena.free_records // SHAPE.layers
+    assert arena.longest_free_records < arena.free_records
+    assert arena.allocate(tokens) is None
+    assert arena.make_room(tokens)
+    big = arena.allocate(tokens)
+    assert big is not None
+    arena.check_integrity([*held, big])
+    assert all(bool((arena.view(extent) == mark).all()) for extent, mark in held.items())
+    assert not arena.make_room(tokens)
+
+
+def test_moving_closes_up_the_stretch_with_the_fewest_records() -> None:
+    arena = make_arena(40)
+    held = [arena.allocate(tokens) for tokens in (2, 20, 2, 4, 2, 10)]
+    for index in (0, 2, 4):
+        extent = held[index]
+        assert extent is not None
+        arena.free(extent)
+    assert arena.make_room(4)
+    assert arena.moved_bytes == SHAPE.extent_bytes(4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

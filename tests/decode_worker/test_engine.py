@@ -13,6 +13,7 @@ import torch
 
 from decode_worker import engine as module
 from decode_worker.arena import Arena
+from decode_worker.attention.flash import FlashAttention
 from decode_worker.engine import Engine
 from decode_worker.pool import Pool
 from decode_worker.request import Request
@@ -38,7 +39,7 @@ class Driven:
     def __init__(self, model: ServedModel, tokens: int, max_waiting: int) -> None:
         shape = model.geometry.shape
         self.pool = Pool(Arena(shape, shape.extent_bytes(tokens), torch.device("cpu")), IDENTITY)
-        self.runner = Runner(model, self.pool.arena)
+        self.runner = Runner(model, FlashAttention(self.pool.arena, model.geometry.layers))
         self.engine = Engine(model, self.pool, self.runner, max_waiting=max_waiting, endpoint=ENDPOINT)
 
     def submit(self, blocks: Sequence[BlockRef] = (), **options: Any) -> tuple[Request, Sink]:

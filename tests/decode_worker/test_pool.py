@@ -50,7 +50,7 @@ def test_a_cold_request_drives_its_fetches_and_starts_when_all_are_in() -> None:
     assert pool.commit(driven[1]) == [request]
     assert {pin.block.key[0] for pin in request.pins} == {1, 2}
     pool.place(request)
-    assert [(p.key[0], p.offset, p.kv.shape[1]) for p in request.placements] == [(1, 0, 8), (2, 8, 8)]
+    assert [(p.key[0], p.offset, p.extent.tokens) for p in request.placements] == [(1, 0, 8), (2, 8, 8)]
     pool.check_integrity([request])
     finish(pool, request)
     assert_idle(pool)
@@ -78,7 +78,7 @@ def test_a_repeated_block_is_held_once_and_placed_twice() -> None:
     assert len(request.pins) == 2
     pool.place(request)
     assert [(p.key[0], p.offset) for p in request.placements] == [(1, 0), (2, 8), (1, 16)]
-    assert request.placements[0].kv.data_ptr() == request.placements[2].kv.data_ptr()
+    assert request.placements[0].extent is request.placements[2].extent
     finish(pool, request)
     assert_idle(pool)
 

@@ -116,7 +116,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert bool((self.pool.arena.view(found.extent) == found.key[0] + 1).all())
         for request in self.running:
             for placement in request.placements:
-                assert bool((placement.kv == placement.key[0] + 1).all())
+                assert bool((self.pool.arena.view(placement.extent) == placement.key[0] + 1).all())
 
     def arriving(self) -> list[Fetch]:
         return [fetch for fetch in self.pool.fetches.all() if fetch not in self.encoding]

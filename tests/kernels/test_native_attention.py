@@ -11,8 +11,9 @@ import torch
 
 from decode_worker.arena import Arena
 from decode_worker.attention import native
-from decode_worker.attention.native import NativeKernel
-from decode_worker.step import Placement, RowSpan, StepContext
+from decode_worker.attention.flash import FlashAttention
+from decode_worker.attention.native import NativeAttention, NativeKernel
+from decode_worker.step import Placement, RowSpan, StepPlan
 from decode_worker.tail import Tail
 from shared.engine.probe import LayerGeometry
 from shared.engine.rotation import Rotation, RotationKind
@@ -37,13 +38,13 @@ def scene(arena: Arena, seed: int, rows: list[int]) -> list[RowSpan]:
     for name, tokens in enumerate((1, 37, 80, 5)):
         extent = arena.allocate(tokens)
         assert extent is not None
-        blocks.append((bytes([name]), arena.view(extent), tokens))
+        blocks.append((bytes([name]), extent, tokens))
     spans = []
     for number, count in enumerate(rows):
         offset, placements = 0, []
         for index in torch.randint(0, len(blocks), (2 + number,), generator=draw).tolist():
-            key, view, tokens = blocks[index]
-            placements.append(Placement(key, view, offset))
+            key, extent, tokens = blocks[index]
+            placements.append(Placement(key, extent, offset))
             offset += tokens
         tail = Tail.reserve(arena, offset, 200)
         assert tail is not None
@@ -78,8 +79,8 @@ def test_equals_the_torch_path(
         q, k, v = (torch.randn(1, *form, width, generator=draw).to(getattr(torch, dtype)) for form in shapes)
         taken = []
         kernel_takes = kernel.takes(q.dtype, width, 1)
-        for with_kernel in (None, kernel):
-            context = StepContext(arena, geometry, spans, with_kernel)
+        for backend in (FlashAttention(arena, geometry), NativeAttention(arena, geometry, kernel)):
+            context = backend.begin(StepPlan(spans))
             taken.append(context.attend(1, q, k, v, width**-0.5, None).float())
         assert kernel_takes
         torch.testing.assert_close(*taken, atol=2e-6 if dtype == "float32" else 2e-2, rtol=0)

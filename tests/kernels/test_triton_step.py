@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from decode_worker.arena import Arena
+from decode_worker.attention.flash import FlashAttention
 from decode_worker.attention.triton_plan import SegmentPiece
-from decode_worker.attention.triton_segments import Limits, TritonSegmentAttention, piece_of_view
-from decode_worker.step import Placement, RowSpan, StepContext
-from decode_worker.tail import SEGMENT_TOKENS, Tail
+from decode_worker.attention.triton_segments import Limits, TritonSegmentAttention
+from decode_worker.step import Placement, RowSpan, StepPlan
+from decode_worker.tail import Tail
 from shared.engine.probe import LayerGeometry
 from shared.kv.layout import KvShape
 from tests.kernels.scenes import rotation
@@ -19,23 +20,9 @@ from tests.kernels.scenes import rotation
 LAYERS, KV_HEADS, GROUP, HEAD_DIM = 2, 2, 3, 16
 
 
-def pieces_of(spans: Sequence[RowSpan]) -> list[SegmentPiece]:
-    """The step's pieces: one for each block, shared by all its rows, and one for each used segment of a tail."""
-    uses: dict[bytes, tuple[torch.Tensor, list[int], list[int]]] = {}
-    tails = []
-    first = 0
-    for span in spans:
-        count, filled = len(span.token_ids), span.tail.filled
-        for placement in span.placements:
-            _, rows, bases = uses.setdefault(placement.key, (placement.kv, [], []))
-            rows.extend(range(first, first + count))
-            bases.extend([placement.offset] * count)
-        for begin in range(0, filled + count, SEGMENT_TOKENS):
-            kv = span.tail.view(begin // SEGMENT_TOKENS)[:, : filled + count - begin]
-            after = range(first + max(0, begin - filled), first + count)
-            tails.append(piece_of_view(kv, after, [span.tail.start + begin] * len(after), local=False))
-        first += count
-    return [*(piece_of_view(kv, rows, bases, local=True) for kv, rows, bases in uses.values()), *tails]
+def pieces_of(plan: StepPlan) -> list[SegmentPiece]:
+    """The step's pieces as the kernel takes them: causality follows from positions there."""
+    return [SegmentPiece(p.first, p.stride, p.keys, p.rows, p.bases, local=p.local) for p in plan.pieces]
 
 
 def make_spans(arena: Arena, lengths: Sequence[int], asks: Sequence[tuple[Sequence[int], int, int]]) -> list[RowSpan]:
@@ -43,7 +30,7 @@ def make_spans(arena: Arena, lengths: Sequence[int], asks: Sequence[tuple[Sequen
     for length in lengths:
         extent = arena.allocate(length)
         assert extent is not None
-        blocks.append(arena.view(extent))
+        blocks.append(extent)
     spans = []
     for laid, filled, rows in asks:
         placements, offset = [], 0
@@ -68,8 +55,9 @@ def test_equals_the_step_of_the_worker(device: torch.device, dtype: str, window:
     asks = [([0, 1, 2], 58, 9), ([2, 0], 100, 1), ([1, 2, 1], 3, 1)]
     spans = make_spans(arena, [70, 1, 33], asks)
     turn = rotation(rotary_dim=HEAD_DIM)
-    step = StepContext(arena, [LayerGeometry(turn, window)] * LAYERS, spans)
-    pieces, positions = pieces_of(spans), step.positions.tolist()
+    plan = StepPlan(spans)
+    step = FlashAttention(arena, [LayerGeometry(turn, window)] * LAYERS).begin(plan)
+    pieces, positions = pieces_of(plan), plan.positions.tolist()
     stacked = sum(len(piece.rows) for piece in pieces)
     attention = TritonSegmentAttention(
         arena.records,

@@ -16,11 +16,13 @@ import torch
 
 from decode_worker.arena import Arena
 from decode_worker.attention import native
-from decode_worker.attention.native import NativeKernel
-from decode_worker.step import Placement, RowSpan, StepContext
+from decode_worker.attention.flash import FlashAttention
+from decode_worker.attention.native import NativeAttention, NativeKernel
+from decode_worker.step import Placement, RowSpan, StepPlan
 from decode_worker.tail import Tail
 from shared.engine.probe import LayerGeometry
 from shared.engine.rotation import Rotation, RotationKind
+from shared.engine.seam import AttentionContext
 from shared.kv.layout import KvShape
 from shared.model.catalog import cache_dir
 
@@ -34,7 +36,7 @@ def spans(arena: Arena, tokens: int, requests: int) -> list[RowSpan]:
         extent = arena.allocate(BLOCK)
         if extent is None:
             raise MemoryError("the arena is too small for --tokens")
-        views.append(arena.view(extent))
+        views.append(extent)
     made = []
     for request in range(requests):
         order = [*range(request % len(views), len(views)), *range(request % len(views))]
@@ -68,10 +70,11 @@ def measure(kernel: NativeKernel, dtype: str, tokens: int, requests: int) -> tup
         torch.randn(1, heads, requests, WIDTH).to(getattr(torch, dtype)) for heads in (HEADS, KV_HEADS, KV_HEADS)
     )
     results = []
-    for chosen in (None, kernel):
-        context = StepContext(arena, [LayerGeometry(rotation, None)] * LAYERS, rows, chosen)
+    layers = [LayerGeometry(rotation, None)] * LAYERS
+    for backend in (FlashAttention(arena, layers), NativeAttention(arena, layers, kernel)):
+        context = backend.begin(StepPlan(rows))
 
-        def step(context: StepContext = context) -> None:
+        def step(context: AttentionContext = context) -> None:
             for layer in range(LAYERS):
                 context.attend(layer, q, k, v, WIDTH**-0.5, None)
 
