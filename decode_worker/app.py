@@ -13,11 +13,16 @@ from transformers import AutoTokenizer
 
 from decode_worker.arena import Arena
 from decode_worker.attention import base
-from decode_worker.engine import Engine
+from decode_worker.budget import pool_bytes
+from decode_worker.engine import Engine, waiting_for_blocks
+from decode_worker.eviction import POLICIES
+from decode_worker.observer import HISTOGRAMS, Observer
 from decode_worker.opening import Opener
 from decode_worker.pool import Pool
 from decode_worker.receiver import Receiver
 from decode_worker.runner import LogitTrace, Runner
+from decode_worker.sampling import Sampler
+from decode_worker.scheduler import StepBudget
 from decode_worker.service import DecodeService
 from decode_worker.settings import DecodeSettings
 from drystone.v1.operations_pb2 import ProcessRole, ProcessState
@@ -54,20 +59,29 @@ class DecodeApp:
             context_tokens=settings.context_tokens,
         )
         self.identity = WorkerIdentity(worker_id=settings.worker_id, incarnation=secrets.randbits(63) | 1)
+        device = torch.device(settings.device)
+        size = pool_bytes(settings.pool_bytes, settings.pool_share, device)
         try:
-            arena = Arena(self.model.geometry.shape, settings.pool_bytes, torch.device(settings.device))
+            arena = Arena(self.model.geometry.shape, size, device)
         except RuntimeError as error:
-            raise ValueError(f"pool_bytes: {settings.pool_bytes} bytes cannot be had on {settings.device}") from error
-        self.pool = Pool(arena, self.identity)
+            raise ValueError(f"pool_bytes: {size} bytes cannot be had on {settings.device}") from error
+        self.pool = Pool(arena, self.identity, POLICIES[settings.eviction]())
+        self._tokenizer = AutoTokenizer.from_pretrained(self.model.folder).backend_tokenizer
+        self._sampler = Sampler(self._tokenizer, self.model.vocabulary_size)
+        self._metrics = Metrics(self.figures, HISTOGRAMS, ["requests_ended"])
+        self.observer = Observer(self._metrics)
         attention = base.make(settings.attention, self.model, arena)
         self._endpoint = KvEndpoint(host=host_name())
         self.engine = Engine(
             self.model,
             self.pool,
-            Runner(self.model, attention, trace),
-            max_waiting=settings.max_waiting,
+            Runner(self.model, attention, self._sampler, trace),
             endpoint=self._endpoint,
+            max_waiting=settings.max_waiting,
+            max_samples=settings.max_samples,
+            budget=StepBudget(settings.step_tokens, settings.mixed_step_tokens),
             stall_seconds=settings.fetch_stall_seconds,
+            observer=self.observer,
         )
         self.tasks: list[asyncio.Task[None]] = []
 
@@ -81,8 +95,13 @@ class DecodeApp:
             committed=lambda fetch, size: self.engine.committed(fetch, shipped_bytes=size),
         )
         self._endpoint.zmq_address = self.receiver.bind(self._settings.kv_host, self._settings.kv_port)
-        tokenizer = AutoTokenizer.from_pretrained(self.model.folder).backend_tokenizer
-        opener = Opener(self.model, tokenizer, self.identity.incarnation, self._settings.default_timeout_seconds)
+        opener = Opener(
+            self.model,
+            self._tokenizer,
+            self._sampler,
+            self.identity.incarnation,
+            self._settings.default_timeout_seconds,
+        )
         decode = DecodeService(self.engine, opener)
         self._worker = WorkerService(
             self.identity,
@@ -106,7 +125,6 @@ class DecodeApp:
         self.tasks = [
             asyncio.create_task(run) for run in (self.engine.run(), self.engine.watch_fetches(), self.receiver.run())
         ]
-        self._metrics = Metrics(self.figures)
         self._metrics.serve(self._settings.host, self._settings.metrics_port)
         await self.server.set_serving(serving=True)
         return {
@@ -128,19 +146,27 @@ class DecodeApp:
 
     def figures(self) -> Mapping[str, float]:
         """Figures for the status registry."""
-        pool, record = self.pool, self.pool.arena.shape.record_bytes
+        pool, lifecycle, record = self.pool, self.engine.lifecycle, self.pool.arena.shape.record_bytes
         return {
-            "requests_running": self.engine.running,
-            "requests_waiting": self.engine.waiting,
-            "requests_total": self.engine.requests_total,
-            "requests_failed_total": self.engine.failed_total,
+            "num_requests_running": len(lifecycle.running),
+            "num_requests_waiting": len(lifecycle.waiting),
+            "num_requests_waiting_for_blocks": waiting_for_blocks(lifecycle.running),
+            "requests_total": lifecycle.requests_total,
+            "requests_failed_total": lifecycle.failed_total,
             "pool_capacity_bytes": pool.arena.capacity_bytes,
             "pool_used_bytes": pool.arena.used_bytes,
             "pool_pinned_bytes": pool.blocks.pinned_records * record,
-            "blocks_resident": len(pool.blocks),
+            "pool_longest_free_bytes": pool.arena.longest_free_records * record,
+            "pool_moved_bytes_total": pool.arena.moved_bytes,
+            "kv_cache_usage_ratio": pool.arena.used_bytes / max(pool.arena.capacity_bytes, 1),
+            "blocks_resident": len(pool.blocks) - len(pool.sealed),
+            "tail_segments_sealed": len(pool.sealed),
             "reservations_open": len(pool.fetches),
             "evictions_total": pool.blocks.evictions,
-            "tokens_generated_total": self.engine.tokens_total,
+            "prefix_cache_queries_total": pool.queried_tokens,
+            "prefix_cache_hits_total": pool.hit_tokens,
+            "prompt_tokens_total": self.observer.prompt_tokens_total,
+            "generation_tokens_total": self.engine.answering.tokens_total,
             "steps_total": self.engine.steps_total,
             "received_bytes_total": self.receiver.received_bytes,
             "chunks_refused_total": self.receiver.refused_total,

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from decode_worker.fetch import FetchTable
 from decode_worker.request import Fetch, Request
-from drystone.v1.sampling_pb2 import FinishReason
+from decode_worker.sample import Sample
+from drystone.v1.sampling_pb2 import FinishReason, TokenLogprob
 from drystone.v1.statistics_pb2 import BlockSource
 from shared.errors import DrystoneError
 from shared.internal.v1.common_pb2 import KvEndpoint
 from shared.internal.v1.decode_pb2 import (
     Admitted,
+    Arrival,
     Ended,
     Failed,
     GenerateResponse,
@@ -29,7 +31,8 @@ def admitted(request: Request, fetches: FetchTable) -> GenerateResponse:
         worker=fetches.identity,
         resident=[pin.block.key for pin in request.pins],
         awaited=[fetch.key for fetch in request.fetches if fetch.key not in driven],
-        queue_ms=(request.admitted - request.arrived) * 1e3,
+        queue_ms=max(0.0, request.admitted - request.arrived) * 1e3,
+        tail_tokens_reused=request.tail_tokens_reused,
     )
     return GenerateResponse(call_id=request.call_id, admitted=message)
 
@@ -40,18 +43,26 @@ def missing(request: Request, fetches: Sequence[Fetch], table: FetchTable, endpo
     return GenerateResponse(call_id=request.call_id, missing=Missing(blocks=blocks, endpoint=endpoint))
 
 
-def tokens(request: Request, token_ids: Sequence[int], text: str) -> GenerateResponse:
+def tokens(
+    request: Request, sample: Sample, token_ids: Sequence[int], text: str, logprob: TokenLogprob | None = None
+) -> GenerateResponse:
     """New tokens and the text that is now certain."""
-    return GenerateResponse(call_id=request.call_id, tokens=Tokens(token_ids=token_ids, text=text))
+    message = Tokens(
+        sample_index=sample.index, token_ids=token_ids, text=text, logprobs=[] if logprob is None else [logprob]
+    )
+    return GenerateResponse(call_id=request.call_id, tokens=message)
 
 
-def sample_ended(request: Request, reason: FinishReason.ValueType, stop_token: int | None) -> GenerateResponse:
-    """The sample has ended."""
+def sample_ended(
+    request: Request, sample: Sample, reason: FinishReason.ValueType, stop_token: int | None
+) -> GenerateResponse:
+    """A sample has ended."""
     message = SampleEnded(
+        sample_index=sample.index,
         finish_reason=reason,
-        matched_stop=request.text.matched_stop,
+        matched_stop=sample.text.matched_stop,
         matched_stop_token_id=stop_token,
-        completion_tokens=len(request.generated),
+        completion_tokens=len(sample.generated),
     )
     return GenerateResponse(call_id=request.call_id, sample_ended=message)
 
@@ -61,8 +72,9 @@ def ended(request: Request) -> GenerateResponse:
     seen: set[bytes] = set()
     arrivals = []
     for block in request.blocks:
-        arrival = type(request.arrivals[block.key])()
-        arrival.CopyFrom(request.arrivals[block.key])
+        arrival = Arrival(key=block.key)
+        if block.key in request.arrivals:
+            arrival.CopyFrom(request.arrivals[block.key])
         if block.key in seen:
             arrival.source = BlockSource.BLOCK_SOURCE_RESIDENT
             arrival.shipped_bytes, arrival.fetch_ms, arrival.encode_ms = 0, 0.0, 0.0
@@ -71,8 +83,9 @@ def ended(request: Request) -> GenerateResponse:
     message = Ended(
         arrivals=arrivals,
         fetch_ms=(request.fetched - request.admitted) * 1e3,
-        first_step_ms=(request.first_token - request.fetched) * 1e3,
+        first_step_ms=max(0.0, request.first_token - request.fetched) * 1e3,
         steps=request.steps,
+        tail_keys=request.tail_keys,
     )
     return GenerateResponse(call_id=request.call_id, ended=message)
 

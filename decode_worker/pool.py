@@ -1,18 +1,22 @@
 """Admission: everything a request needs is taken at once, or nothing is (design §4).
 
-The pool composes arena, resident blocks and open fetches, and holds the idle invariant of design §6:
-no request running ⇒ no pins, no reservations, and free + resident = all.
+The pool composes arena, resident blocks, sealed tails and open fetches, and holds the idle invariant of
+design §6: no request running ⇒ no pins, no reservations, and free + resident = all.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from decode_worker.arena import Arena, Extent
 from decode_worker.blocks import BlockTable, Pin
+from decode_worker.eviction import EvictionPolicy, LeastRecentlyUsed
 from decode_worker.fetch import FetchTable
 from decode_worker.request import Fetch, Request
+from decode_worker.room import Room
+from decode_worker.sample import Sample
+from decode_worker.sealed import Match, SealedTails
 from decode_worker.step import Placement
 from decode_worker.tail import SEGMENT_TOKENS, Tail, segments_for
 from drystone.v1.statistics_pb2 import BlockSource
@@ -24,10 +28,13 @@ from shared.internal.v1.decode_pb2 import Arrival
 class Pool:
     """KV memory of one decode worker. Used by the engine's event loop alone."""
 
-    def __init__(self, arena: Arena, identity: WorkerIdentity) -> None:
+    def __init__(self, arena: Arena, identity: WorkerIdentity, policy: EvictionPolicy | None = None) -> None:
         self.arena = arena
-        self.blocks = BlockTable(arena)
+        self.blocks = BlockTable(arena, policy or LeastRecentlyUsed())
+        self.sealed = SealedTails(self.blocks)
         self.fetches = FetchTable(arena, identity)
+        # Prompt tokens that requests asked for, and those among them that were here already.
+        self.queried_tokens = self.hit_tokens = 0
 
     @property
     def version(self) -> int:
@@ -36,10 +43,9 @@ class Pool:
 
     def refuse_if_never(self, request: Request) -> None:
         """Raises when the request would not fit into an empty pool, saying what it needs and what there is."""
-        shape = self.arena.shape
         distinct = {bytes(block.key): len(block.token_ids) for block in request.blocks}
-        tail = segments_for(request.tail_tokens) * SEGMENT_TOKENS
-        needed = shape.extent_bytes(sum(distinct.values()) + tail)
+        tokens = sum(distinct.values()) + _segments(request, Match()) * SEGMENT_TOKENS
+        needed = self.arena.shape.extent_bytes(tokens)
         if needed > self.arena.capacity_bytes:
             raise DrystoneError(
                 Reason.REQUEST_TOO_LARGE_FOR_POOL,
@@ -48,65 +54,73 @@ class Pool:
                 metadata={"needed_bytes": str(needed), "capacity_bytes": str(self.arena.capacity_bytes)},
             )
 
-    def admit(self, request: Request) -> list[Fetch] | None:
-        """Pins what is resident, joins what is on its way, reserves the rest and the tail.
+    def admit(self, request: Request, *, may_move: bool) -> list[Fetch] | None:
+        """Pins what is resident, joins what is on its way, reserves the rest and the tails.
+
+        Args:
+            request: Holds nothing yet.
+            may_move: Nobody reads or writes KV now. What fits by bytes is then always admitted.
 
         Returns:
             The fetches that this request drives; None when there is no room now, and then it holds nothing.
         """
         blocks = {bytes(block.key): block for block in request.blocks}
-        if not self._has_bytes_for(request, blocks):
-            return None
-        driven = self._take(request, blocks)
-        if driven is None and self.blocks.evictable_records():
-            # Bytes suffice but no run does: its own blocks, which alone are left, lie in the way.
-            while self.blocks.evict_one():
-                pass
-            driven = self._take(request, blocks)
-        return driven
-
-    def _take(self, request: Request, blocks: Mapping[bytes, BlockRef]) -> list[Fetch] | None:
+        # One token at least must run: its logits are the answer's beginning.
+        match = self.sealed.match(request.tail_root, request.question_ids[:-1]) if request.reuse_tail else Match()
+        if not self._has_bytes_for(request, blocks, match):
+            match = Match(match.full)  # what would be copied may have to go to make room
+            if not self._has_bytes_for(request, blocks, match):
+                return None
         # What is there is held first: room for the rest is never made at its cost.
         missing = [ref for key, ref in blocks.items() if not self._hold(request, key, ref)]
-        # The second try begins with everything evicted that the first one had to evict on its way.
-        driven = self._reserve(request, missing)
+        lead = [Pin(self.blocks, block) for block in match.full]
+        copied = Pin(self.blocks, match.partial) if match.partial is not None else None
+        driven = self._reserve(request, missing, match, lead, may_move=may_move)
+        if copied is not None:
+            copied.close()
         if driven is None:
-            driven = self._reserve(request, missing)
-        if driven is None:
+            for pin in reversed(lead):
+                pin.close()
             self._let_go(request)
             return None
         for fetch in driven:
             self._wait(request, fetch)
+        self._count(request, blocks, match)
         return driven
 
-    def _has_bytes_for(self, request: Request, blocks: Mapping[bytes, BlockRef]) -> bool:
+    def _has_bytes_for(self, request: Request, blocks: Mapping[bytes, BlockRef], match: Match) -> bool:
         """False when eviction could not make room: nothing is evicted in vain then."""
         missing = [ref for key, ref in blocks.items() if key not in self.blocks and self.fetches.get(key) is None]
-        tokens = sum(len(ref.token_ids) for ref in missing) + segments_for(request.tail_tokens) * SEGMENT_TOKENS
-        room = self.arena.free_records + self.blocks.evictable_records(beside=blocks)
+        tokens = sum(len(ref.token_ids) for ref in missing) + _segments(request, match) * SEGMENT_TOKENS
+        room = self.arena.free_records + self.blocks.evictable_records(beside=blocks.keys() | match.keys)
         return self.arena.shape.extent_records(tokens) <= room
 
-    def _reserve(self, request: Request, missing: Sequence[BlockRef]) -> list[Fetch] | None:
-        """Takes extents for missing blocks, the longest first, and the tail; nothing when one cannot be had."""
-        extents: dict[bytes, Extent] = {}
-        for ref in sorted(missing, key=lambda ref: len(ref.token_ids), reverse=True):
-            extent = self._allocate(len(ref.token_ids))
-            if extent is None:
-                break
-            extents[bytes(ref.key)] = extent
-        else:
-            tail = Tail.reserve(self.arena, request.question_start, request.tail_tokens)
-            while tail is None and self.blocks.evict_one():
-                tail = Tail.reserve(self.arena, request.question_start, request.tail_tokens)
-            if tail is not None:
-                request.tail = tail
-                return [
-                    self.fetches.open(bytes(ref.key), ref.token_ids, extents[bytes(ref.key)], store=ref.store)
-                    for ref in missing
-                ]
-        for extent in extents.values():
-            self.arena.free(extent)
-        return None
+    def _reserve(
+        self, request: Request, missing: Sequence[BlockRef], match: Match, lead: list[Pin], *, may_move: bool
+    ) -> list[Fetch] | None:
+        """Takes extents for missing blocks, the longest first, and the tails; nothing when one cannot be had."""
+        room = Room(self.arena, self.blocks, may_move=may_move)
+        by_length = sorted(missing, key=lambda ref: len(ref.token_ids), reverse=True)
+        extents = {bytes(ref.key): room.take(len(ref.token_ids)) for ref in by_length}
+        chains: list[list[Extent]] = [
+            [room.take(SEGMENT_TOKENS, high=True) for _ in range(count)]
+            for _, count in _segments_by_sample(request, match)
+        ]
+        if room.short:
+            room.give_back()
+            return None
+        for (sample, _), chain in zip(_segments_by_sample(request, match), chains, strict=True):
+            sample.tail = Tail(self.arena, request.question_start, chain)
+        reader = request.live[0].tail
+        if reader is not None:
+            reader.hold(lead)
+            if match.partial is not None:
+                reader.copy_in(match.partial.extent, match.tokens_of_partial)
+        request.tail_tokens_reused = match.tokens
+        return [
+            self.fetches.open(bytes(ref.key), ref.token_ids, extents[bytes(ref.key)], store=ref.store)
+            for ref in missing
+        ]
 
     def _hold(self, request: Request, key: bytes, ref: BlockRef) -> bool:
         """Pins a resident block or joins its fetch; False when it is neither here nor on its way."""
@@ -128,11 +142,11 @@ class Pool:
         request.fetches.add(fetch)
         request.arrivals[fetch.key] = Arrival(key=fetch.key, source=BlockSource.BLOCK_SOURCE_SHARED_FETCH)
 
-    def _allocate(self, tokens: int) -> Extent | None:
-        extent = self.arena.allocate(tokens)
-        while extent is None and self.blocks.evict_one():
-            extent = self.arena.allocate(tokens)
-        return extent
+    def _count(self, request: Request, blocks: Mapping[bytes, BlockRef], match: Match) -> None:
+        driven = {fetch.key for fetch in request.fetches}
+        here = sum(len(ref.token_ids) for key, ref in blocks.items() if key not in driven)
+        self.queried_tokens += request.prompt_tokens
+        self.hit_tokens += here + match.tokens
 
     def _let_go(self, request: Request) -> None:
         for fetch in request.fetches:
@@ -184,13 +198,52 @@ class Pool:
             request.placements.append(Placement(key, pinned[key].extent, offset))
             offset += len(block.token_ids)
 
+    def share_question(self, request: Request) -> None:
+        """The question has been read by the first live sample: the others begin where it stands.
+
+        Nobody may read or write KV meanwhile: the question's last, unfinished segment is copied.
+        """
+        lead, *others = request.live
+        if not others or lead.tail is None:
+            return
+        read = request.question_ids[: lead.tail.filled]
+        held = self.sealed.share(request.tail_root, read, lead.tail, keep=request.keep_tail)
+        for sample in others:
+            if sample.tail is not None:
+                sample.tail.hold([pin.again() for pin in held])
+                if len(read) % SEGMENT_TOKENS:
+                    sample.tail.copy_in(lead.tail.own[0], len(read) % SEGMENT_TOKENS)
+
+    def seal(self, request: Request, sample: Sample) -> list[bytes]:
+        """Keeps a sample's tail for follow-ups and returns its keys; the sample holds nothing any more."""
+        tail, sample.tail = sample.tail, None
+        if tail is None:
+            return []
+        tokens = [*request.question_ids, *sample.generated][: tail.filled]
+        return self.sealed.seal(request.tail_root, tokens, tail)
+
     def check_integrity(self, running: list[Request]) -> None:
         """Raises AssertionError unless every record is free or owned once, and pins belong to `running`."""
-        tails = [extent for request in running if request.tail is not None for extent in request.tail.extents]
-        self.arena.check_integrity([*self.blocks.extents(), *self.fetches.extents(), *tails])
-        held = sum(len(request.pins) for request in running)
+        tails = [sample.tail for request in running for sample in request.samples if sample.tail is not None]
+        own = [extent for tail in tails for extent in tail.own]
+        self.arena.check_integrity([*self.blocks.extents(), *self.fetches.extents(), *own])
+        self.blocks.check_integrity()
+        self.sealed.check_integrity()
+        held = sum(len(request.pins) for request in running) + sum(len(tail.held) for tail in tails)
         if self.blocks.pins != held:
             raise AssertionError(f"{self.blocks.pins} pins, but running requests hold {held}")
         waiting = sum(len(fetch.waiters) for fetch in self.fetches.all())
         if waiting != sum(len(request.fetches) for request in running):
             raise AssertionError(f"{waiting} waiters of fetches that running requests do not know")
+
+
+def _segments_by_sample(request: Request, match: Match) -> Iterator[tuple[Sample, int]]:
+    """Segments that each live sample must own: the first reads the question, the others hold its full segments."""
+    all_of_it = segments_for(request.tail_tokens)
+    shared = len(request.question_ids) // SEGMENT_TOKENS
+    for number, sample in enumerate(request.live):
+        yield sample, all_of_it - (shared if number else len(match.full))
+
+
+def _segments(request: Request, match: Match) -> int:
+    return sum(count for _, count in _segments_by_sample(request, match))

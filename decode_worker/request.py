@@ -6,17 +6,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 
 from decode_worker.arena import Extent
 from decode_worker.blocks import Pin
+from decode_worker.sample import Sample
+from decode_worker.sealed import root_key
 from decode_worker.step import Placement
-from decode_worker.tail import Tail
-from decode_worker.text import TextStream
+from drystone.v1.generation_pb2 import Priority
 from drystone.v1.sampling_pb2 import SamplingParams
 from shared.internal.v1.common_pb2 import BlockRef
 from shared.internal.v1.decode_pb2 import Arrival, GenerateResponse
 
 Sink = Callable[[GenerateResponse], None]
+# Seconds of waiting that are worth one class of priority.
+AGING_SECONDS = 5.0
 
 
 class Phase(IntEnum):
@@ -29,15 +33,20 @@ class Phase(IntEnum):
     FINISHED = 4
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False, repr=False)
 class Request:
-    """One sample's generation. Mutated by the engine's event loop alone.
+    """One prompt and the samples drawn from it. Mutated by the engine's event loop alone.
 
     Attributes:
+        samples: At least one. The first that is not finished reads the question for all.
         deadline: `time.monotonic()` at which it ends.
         sink: Takes its messages; never blocks.
-        stop_ids: Tokens that end the answer.
-        unread: Tokens whose KV is not yet in the tail: question tokens, then the last token generated.
+        priority: Who goes first when there is more work than room.
+        keep_tail: Seal the tails at the end, for follow-ups.
+        reuse_tail: Begin with what is sealed already.
+        tail_salt: Of the tails' keys.
+        tail_keys: Sealed segments, once samples have ended.
+        tail_tokens_reused: Question tokens that a sealed tail held already.
     """
 
     request_id: str
@@ -46,21 +55,23 @@ class Request:
     blocks: Sequence[BlockRef]
     question_ids: Sequence[int]
     sampling: SamplingParams
-    stop_ids: frozenset[int]
+    samples: Sequence[Sample]
     deadline: float
     sink: Sink
-    text: TextStream
+    priority: Priority.ValueType = Priority.PRIORITY_NORMAL
+    keep_tail: bool = False
+    reuse_tail: bool = False
+    tail_salt: bytes = b""
     phase: Phase = Phase.WAITING
     arrived: float = field(default_factory=time.monotonic)
     admitted: float = 0.0
     fetched: float = 0.0
     first_token: float = 0.0
     steps: int = 0
-    unread: list[int] = field(default_factory=list)
-    generated: list[int] = field(default_factory=list)
+    tail_keys: list[bytes] = field(default_factory=list)
+    tail_tokens_reused: int = 0
     # What it holds. `release` is the one place where all of it ends.
     pins: list[Pin] = field(default_factory=list)
-    tail: Tail | None = None
     fetches: set[Fetch] = field(default_factory=set)
     placements: list[Placement] = field(default_factory=list)
     arrivals: dict[bytes, Arrival] = field(default_factory=dict)
@@ -71,32 +82,46 @@ class Request:
         return self.phase >= Phase.FINISHED
 
     @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the whole prompt."""
-        return self.question_start + len(self.question_ids)
+    def turn(self) -> float:
+        """Who goes first: the lower. A class of priority is worth AGING_SECONDS of waiting, so nobody starves."""
+        return self.arrived - AGING_SECONDS * (self.priority or Priority.PRIORITY_NORMAL)
 
     @property
+    def live(self) -> list[Sample]:
+        """Samples that are not finished."""
+        return [sample for sample in self.samples if not sample.finished]
+
+    @cached_property
     def question_start(self) -> int:
         """Global position of the question's first token."""
         return sum(len(block.token_ids) for block in self.blocks)
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the whole prompt."""
+        return self.question_start + len(self.question_ids)
+
+    @property
     def tail_tokens(self) -> int:
-        """Tokens that the tail must hold."""
+        """Tokens that a sample's tail must hold."""
         return len(self.question_ids) + self.sampling.max_new_tokens
+
+    @cached_property
+    def tail_root(self) -> bytes:
+        """Root of its tails' keys."""
+        return root_key(self.tail_salt, (block.key for block in self.blocks))
 
     def release(self) -> None:
         """Ends every hold on memory. Safe to repeat."""
+        for sample in self.samples:
+            sample.release()
         pins, self.pins = self.pins, []
         for pin in pins:
             pin.close()
-        if self.tail is not None:
-            self.tail.close()
-            self.tail = None
         self.placements = []
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Fetch:
     """One block on its way. `waiters[0]` drives.
 
@@ -104,7 +129,7 @@ class Fetch:
         birth_id: Birth offered in this epoch; empty before the offer.
         taken: Chunks verified in this epoch.
         moved_at: `time.monotonic()` of the last chunk taken, or of the last drive.
-        encoding: True while the engine thread writes the extent; it is not freed until that ends.
+        encoding: True while the engine thread writes the extent; it is not freed or moved until that ends.
     """
 
     key: bytes

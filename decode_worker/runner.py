@@ -2,55 +2,66 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 
 from decode_worker.attention.base import SegmentAttention
 from decode_worker.request import Request
-from decode_worker.sampler import choose
+from decode_worker.sampling import Choice, Sampler
 from decode_worker.scheduler import StepEntry
 from decode_worker.step import StepPlan
 from shared.engine.served_model import ServedModel
-from shared.errors import DrystoneError, Reason
+from shared.errors import DrystoneError
 
-# A token, None while the question goes on, or why this request alone cannot go on.
-Outcome = int | DrystoneError | None
-# Called with a request, its logits float32 [rows, vocab], and the global position of the first row.
+# For each draw of an entry a token, or why this sample alone cannot go on.
+Outcome = list[Choice | DrystoneError]
+# Called with a request, logits float32 [rows, vocab] of its lead sample, and the global position of the first row.
 LogitTrace = Callable[[Request, torch.Tensor, int], None]
 
 
 class Runner:
-    """The model of one worker and how it attends.
+    """The model of one worker, how it attends, and how tokens are chosen.
 
     Args:
         model: Used by this object's thread alone.
         attention: Reads and writes the arena, for requests of the running step alone.
+        sampler: Chooses from logits.
         trace: For the exactness gate: sees the logits of every row. None in service.
     """
 
-    def __init__(self, model: ServedModel, attention: SegmentAttention, trace: LogitTrace | None = None) -> None:
+    def __init__(
+        self, model: ServedModel, attention: SegmentAttention, sampler: Sampler, trace: LogitTrace | None = None
+    ) -> None:
         self._model = model
         self._attention = attention
+        self._sampler = sampler
         self._trace = trace
 
     @torch.inference_mode()
     def run(self, entries: Sequence[StepEntry]) -> list[Outcome]:
         """One step; the outcome of each entry."""
-        spans = [entry.span for entry in entries]
-        plan = StepPlan(spans)
-        ends = torch.tensor([len(span.token_ids) for span in spans]).cumsum(0) - 1
-        wanted = [index for index, entry in enumerate(entries) if entry.samples]
-        keep = ends[wanted] if self._trace is None else torch.arange(int(ends[-1]) + 1)
+        plan = StepPlan([entry.span for entry in entries])
+        ends = torch.tensor([len(entry.span.token_ids) for entry in entries]).cumsum(0) - 1
+        drawing = [index for index, entry in enumerate(entries) if entry.draws]
+        keep = ends[drawing] if self._trace is None else torch.arange(int(ends[-1]) + 1)
         logits = self._model.forward_logits(plan.token_ids, plan.positions, keep, self._attention.begin(plan))
         if self._trace is not None:
             self._show(entries, logits)
-            logits = logits[ends[wanted]]
-        tokens: list[Outcome] = [None] * len(entries)
-        for row, index in enumerate(wanted):
-            tokens[index] = _next_token(entries[index].request, logits[row])
-        return tokens
+            logits = logits[ends[drawing]]
+        return self._choose(entries, drawing, logits)
+
+    def _choose(self, entries: Sequence[StepEntry], drawing: Sequence[int], logits: torch.Tensor) -> list[Outcome]:
+        """Samples of one request may draw from one row of logits."""
+        outcomes: list[Outcome] = [[] for _ in entries]
+        rows = [row for row, index in enumerate(drawing) for _ in entries[index].draws]
+        if len(rows) != len(drawing):
+            logits = logits[rows]
+        states = [sample.state for index in drawing for sample in entries[index].draws]
+        chosen = iter(self._sampler.choose(logits, states) if states else [])
+        for index in drawing:
+            outcomes[index] = [next(chosen) for _ in entries[index].draws]
+        return outcomes
 
     def _show(self, entries: Sequence[StepEntry], logits: torch.Tensor) -> None:
         if self._trace is None:
@@ -58,13 +69,6 @@ class Runner:
         start = 0
         for entry in entries:
             end = start + len(entry.span.token_ids)
-            self._trace(entry.request, logits[start:end].clone(), entry.span.position)
+            if entry.sample.index == 0:
+                self._trace(entry.request, logits[start:end].clone(), entry.span.position)
             start = end
-
-
-def _next_token(request: Request, logits: torch.Tensor) -> int | DrystoneError:
-    if not math.isfinite(float(logits.max())):
-        return DrystoneError(Reason.INTERNAL, "the model's logits are not numbers; no token can be chosen from them")
-    if len(request.generated) < request.sampling.min_new_tokens:
-        logits[[token for token in request.stop_ids if token < len(logits)]] = float("-inf")
-    return choose(logits, request.sampling, position=len(request.generated))

@@ -13,6 +13,7 @@ from decode_worker import messages
 from decode_worker.engine import Engine
 from decode_worker.opening import Opener
 from decode_worker.request import Request
+from decode_worker.sampling import Grammar
 from shared import logs
 from shared.errors import DrystoneError, Reason, not_in_this_version
 from shared.internal.v1 import decode_pb2 as pb
@@ -60,7 +61,7 @@ class DecodeService(DecodeServicer):
                     pinned=block.held,
                 )
                 for block in self._engine.pool.blocks.all()
-                if not wanted or block.key in wanted
+                if not block.segment and (not wanted or block.key in wanted)
             ]
         )
 
@@ -84,6 +85,8 @@ class _Session:
         self._engine = engine
         self._log = logs.get("decode")
         self._calls: dict[int, Request] = {}
+        # Calls whose grammar is being compiled.
+        self._opening: dict[int, asyncio.Task[None]] = {}
         self._unended = 0
         self._half_closed = False
         self.outbox: asyncio.Queue[pb.GenerateResponse | None] = asyncio.Queue()
@@ -111,6 +114,9 @@ class _Session:
             self._open(message.call_id, message.open)
             return
         request = self._calls.get(message.call_id)
+        if kind == "cancel" and message.call_id in self._opening:
+            self._opening.pop(message.call_id).cancel()
+            self._end_call(message.call_id)
         if request is None or request.finished:
             return  # it ended while the message was on its way
         if kind == "encode_here":
@@ -131,22 +137,50 @@ class _Session:
             self.outbox.put_nowait(None)
 
     def _open(self, call_id: int, message: pb.Open) -> None:
-        if call_id in self._calls:
+        if call_id in self._calls or call_id in self._opening:
             raise DrystoneError(Reason.MALFORMED_REQUEST, f"call {call_id} of this stream has not ended yet")
         self._unended += 1
+        if message.HasField("structured_output"):
+            self._opening[call_id] = asyncio.create_task(self._compile(call_id, message))
+        else:
+            self._begin(call_id, message, None)
+
+    async def _compile(self, call_id: int, message: pb.Open) -> None:
+        """Compiles the grammar aside; the engine and other calls go on meanwhile."""
+        began = time.monotonic()
+        try:
+            grammar = await asyncio.to_thread(self._opener.grammar, message)
+        except DrystoneError as error:
+            self._refuse(call_id, error)
+        except Exception as error:  # noqa: BLE001 - whatever a library raises, only this call fails
+            self._log.error("grammar_failed", request_id=message.request_id, exc_info=error)
+            self._refuse(call_id, DrystoneError(Reason.INTERNAL, "structured_output: could not be compiled"))
+        else:
+            if message.time_left_ms:
+                message.time_left_ms = max(1, message.time_left_ms - int((time.monotonic() - began) * 1e3))
+            self._begin(call_id, message, grammar)
+        finally:
+            self._opening.pop(call_id, None)
+
+    def _begin(self, call_id: int, message: pb.Open, grammar: Grammar | None) -> None:
         with logs.request_scope(message.request_id, message.traceparent):
             try:
-                request = self._opener.open(call_id, message, self.send)
+                request = self._opener.open(call_id, message, self.send, grammar)
                 # Held before it is submitted: it may end within, and what was refused is let go again.
                 self._calls[call_id] = request
                 self._engine.submit(request)
                 self._log.info("request", blocks=len(request.blocks), prompt_tokens=request.prompt_tokens)
             except DrystoneError as error:
-                self._log.info("refused", reason=error.reason, detail=error.message)
-                self.send(messages.failed_call(call_id, error))
+                self._refuse(call_id, error)
+
+    def _refuse(self, call_id: int, error: DrystoneError) -> None:
+        self._log.info("refused", reason=error.reason, detail=error.message)
+        self.send(messages.failed_call(call_id, error))
 
     def close(self) -> None:
         """Cancels every call of the stream."""
+        for task in self._opening.values():
+            task.cancel()
         for request in list(self._calls.values()):
             self._engine.cancel(request)
 

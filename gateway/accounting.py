@@ -46,20 +46,28 @@ class Account:
         self._routing = routing
         self._metrics = metrics
         self._first_token = 0.0
-        self._last_token = 0.0
+        # When each sample's last token left, by sample index.
+        self._last_token: dict[int, float] = {}
+        self._completion_tokens = 0
         self.admitted = Admitted()
-        self.sample_ended = SampleEnded()
         self.ended = Ended()
 
-    def token_sent(self) -> None:
-        """A token leaves for the client."""
+    def token_sent(self, sample_index: int) -> None:
+        """A token of a sample leaves for the client.
+
+        The first of any sample counts for the time to first token, the others for their own sample's latency.
+        """
         now = time.monotonic()
-        if self._first_token:
-            self._metrics.observe("inter_token_latency_seconds", now - self._last_token)
-        else:
+        if sample_index in self._last_token:
+            self._metrics.observe("inter_token_latency_seconds", now - self._last_token[sample_index])
+        elif not self._last_token:
             self._first_token = now
             self._metrics.observe("time_to_first_token_seconds", now - self._ticket.arrived)
-        self._last_token = now
+        self._last_token[sample_index] = now
+
+    def sample_finished(self, ended: SampleEnded) -> None:
+        """A sample has ended; its tokens count."""
+        self._completion_tokens += ended.completion_tokens
 
     def completed(self, fetcher: Fetcher) -> v1.Completed:
         """The stream's last event."""
@@ -75,7 +83,7 @@ class Account:
         reused = [stats for stats in context if stats.source not in _COMPUTED]
         return Usage(
             prompt_tokens=self._ticket.plan.prompt_tokens,
-            completion_tokens=self.sample_ended.completion_tokens,
+            completion_tokens=self._completion_tokens,
             cached_tokens=sum(stats.tokens for stats in reused),
             encoded_tokens=sum(stats.tokens for stats in computed),
             shipped_bytes=sum(stats.shipped_bytes for stats in context),

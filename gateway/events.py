@@ -28,11 +28,11 @@ def public_events(
     elif kind == "tokens":
         fetcher.all_arrived()
         if response.tokens.token_ids:
-            account.token_sent()
+            account.token_sent(response.tokens.sample_index)
         return [v1.GenerateResponse(delta=_delta(response.tokens))]
     elif kind == "sample_ended":
         fetcher.all_arrived()
-        account.sample_ended = response.sample_ended
+        account.sample_finished(response.sample_ended)
         return [v1.GenerateResponse(sample_finished=_finished(response.sample_ended))]
     elif kind == "ended":
         account.ended = response.ended

@@ -234,7 +234,7 @@ class Fetcher:
             time_left_ms=max(1, int(self._seconds_left() * 1e3)),
             jobs=[EncodeJob(block=self._blocks[one.key], reservation=one.reservation) for one in asked],
             endpoint=asked[0].endpoint,
-            priority=self._ticket.priority,
+            priority=self._ticket.request.priority,
             model_fingerprint=self._ticket.keys.model_fingerprint,
             tenant_salt=self._ticket.keys.tenant_salt,
         )

@@ -97,7 +97,7 @@ class Planning:
             arrived=arrived,
             planned=time.monotonic(),
             deadline=deadline,
-            priority=request.priority,
+            request=request,
         )
 
     def planner(self, info: GetInfoResponse) -> PromptPlanner:

@@ -103,6 +103,7 @@ def _choose(ticket: Ticket, cluster: Cluster) -> tuple[Worker, RoutingStats]:
 
 
 def _open(ticket: Ticket, worker: Worker) -> Open:
+    request = ticket.request
     return Open(
         request_id=ticket.request_id,
         traceparent=ticket.traceparent,
@@ -111,8 +112,14 @@ def _open(ticket: Ticket, worker: Worker) -> Open:
         blocks=ticket.refs,
         question_token_ids=ticket.plan.question_ids,
         sampling=ticket.sampling,
-        n=1,
-        priority=ticket.priority,
+        n=request.n or 1,
+        structured_output=request.structured_output if request.HasField("structured_output") else None,
+        resume=request.resume if request.HasField("resume") else None,
+        priority=request.priority,
+        # Tails are found by the blocks before them, whose keys the tenant's salt is part of.
+        tail_salt=ticket.keys.tenant_salt,
+        keep_tail=request.keep_tail,
+        reuse_tail=True,
         model_fingerprint=ticket.keys.model_fingerprint,
         tenant_salt=ticket.keys.tenant_salt,
     )

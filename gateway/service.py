@@ -82,7 +82,7 @@ class GenerationService(GenerationServicer):
     def figures(self) -> Mapping[str, float]:
         """Figures for the status registry."""
         return {
-            "requests_running": self.running,
+            "num_requests_running": self.running,
             "requests_total": self.total,
             "requests_failed_total": self.failed,
         }

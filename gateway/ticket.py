@@ -20,6 +20,7 @@ class Ticket:
         compatibility: The KV that the request was planned for; only workers of the same kind take part.
         keys: What its block keys were made of.
         refs: Blocks with their keys, in prompt order.
+        request: As it came: what the decode worker is to do with it.
         arrived: `time.monotonic()` of its arrival.
         deadline: `time.monotonic()` of its end.
     """
@@ -35,4 +36,4 @@ class Ticket:
     arrived: float
     planned: float
     deadline: float
-    priority: v1.Priority.ValueType
+    request: v1.GenerateRequest

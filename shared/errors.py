@@ -35,6 +35,7 @@ class Reason(StrEnum):
     INVALID_UTF8 = auto()
     INVALID_SAMPLING = auto()
     TOO_MANY_STOP_STRINGS = auto()
+    INVALID_STRUCTURED_OUTPUT = auto()
     INVALID_TEMPLATE = auto()
     INVALID_FIELD = auto()
     INVALID_BLOCK_KEY = auto()
@@ -84,6 +85,9 @@ REASONS: Mapping[Reason, ReasonRow] = MappingProxyType(
         Reason.INVALID_UTF8: _row(_S.INVALID_ARGUMENT, "A text field holds bytes that are not UTF-8."),
         Reason.INVALID_SAMPLING: _row(_S.INVALID_ARGUMENT, "A sampling value is out of range or not a number."),
         Reason.TOO_MANY_STOP_STRINGS: _row(_S.INVALID_ARGUMENT, "More stop strings than allowed."),
+        Reason.INVALID_STRUCTURED_OUTPUT: _row(
+            _S.INVALID_ARGUMENT, "A structured output that is not valid, too complex, or leaves nothing to say."
+        ),
         Reason.INVALID_TEMPLATE: _row(_S.INVALID_ARGUMENT, "Template unknown, or it cannot render this prompt."),
         Reason.INVALID_FIELD: _row(_S.INVALID_ARGUMENT, "Another field is out of range; the message names it."),
         Reason.INVALID_BLOCK_KEY: _row(_S.INVALID_ARGUMENT, "A block key that is not 64 hexadecimal digits."),

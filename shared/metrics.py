@@ -1,7 +1,7 @@
 """Prometheus metrics: one registry of names, and the page that each process serves them on.
 
-Figures of `shared.status` appear as `drystone_<name>`; histograms are listed here, their names after
-vLLM's. Nothing is global: each process makes one `Metrics` and hands it to what observes.
+Figures of `shared.status` appear as `drystone_<name>`; histograms and labelled counters are listed here, their
+names after vLLM's. Nothing is global: each process makes one `Metrics` and hands it to what observes.
 """
 
 from __future__ import annotations
@@ -9,20 +9,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 
-from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from shared.status import FIGURES
 
 PREFIX = "drystone_"
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 HISTOGRAMS: Mapping[str, str] = MappingProxyType(
     {
-        "time_to_first_token_seconds": "From a request's arrival at the gateway to its first token sent.",
-        "inter_token_latency_seconds": "Between two tokens of a request sent by the gateway.",
+        "time_to_first_token_seconds": "From a request's arrival at this process to its first token.",
+        "inter_token_latency_seconds": "Between two tokens of one sample.",
         "e2e_request_latency_seconds": "From a request's arrival at the gateway to its end.",
+        "request_queue_time_seconds": "Decode worker: from a request's arrival to its admission.",
+        "request_fetch_time_seconds": "Decode worker: from admission until the last block was there.",
+        "request_prefill_time_seconds": "Decode worker: from the last block's arrival to the first token.",
+        "request_decode_time_seconds": "Decode worker: from the first token to the request's end.",
+        "iteration_tokens": "Decode worker: tokens of one step.",
+        "step_time_prefill_seconds": "Decode worker: steps that only read questions.",
+        "step_time_mixed_seconds": "Decode worker: steps that read questions and generate.",
+        "step_time_decode_seconds": "Decode worker: steps that only generate.",
     }
+)
+
+COUNTERS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {"requests_ended": ("Requests by how they ended: a finish reason, or the reason of an error.", "reason")}
 )
 
 Figures = Callable[[], Mapping[str, float]]
@@ -34,20 +47,29 @@ class Metrics:
     Args:
         figures: Gives the process's figures when the page is asked for.
         histograms: Names in `HISTOGRAMS` that this process observes.
+        counters: Names in `COUNTERS` that it counts.
     """
 
-    def __init__(self, figures: Figures, histograms: Iterable[str] = ()) -> None:
+    def __init__(self, figures: Figures, histograms: Iterable[str] = (), counters: Iterable[str] = ()) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_FigureCollector(figures))
         self._histograms = {
-            name: Histogram(PREFIX + name, HISTOGRAMS[name], registry=self.registry, buckets=_SECONDS)
+            name: Histogram(PREFIX + name, HISTOGRAMS[name], registry=self.registry, buckets=_buckets(name))
             for name in histograms
+        }
+        self._counters = {
+            name: Counter(PREFIX + name, COUNTERS[name][0], [COUNTERS[name][1]], registry=self.registry)
+            for name in counters
         }
         self._stop: Callable[[], None] = lambda: None
 
-    def observe(self, histogram: str, seconds: float) -> None:
-        """Adds an observation; a name that is not registered is a KeyError."""
-        self._histograms[histogram].observe(seconds)
+    def observe(self, histogram: str, value: float) -> None:
+        """Adds an observation, in the unit of the name; a name that is not registered is a KeyError."""
+        self._histograms[histogram].observe(value)
+
+    def count(self, counter: str, label: str) -> None:
+        """Counts one; a name that is not registered is a KeyError."""
+        self._counters[counter].labels(label).inc()
 
     def serve(self, host: str, port: int) -> None:
         """Serves /metrics on a thread; port 0 serves none. Raises OSError when it cannot bind."""
@@ -64,6 +86,10 @@ class Metrics:
     def close(self) -> None:
         """Stops serving."""
         self._stop()
+
+
+def _buckets(name: str) -> tuple[float, ...]:
+    return _SECONDS if name.endswith("_seconds") else _TOKENS
 
 
 class _FigureCollector(Collector):

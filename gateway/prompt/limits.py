@@ -28,6 +28,9 @@ class PromptLimits:
         max_stop_bytes: Length of one stop string.
         max_stop_token_ids: Stop token ids.
         max_logit_bias: Entries of `logit_bias`.
+        max_constraint_bytes: Length of a JSON Schema or regular expression, or of a choice's options together.
+        max_grammar_bytes: Length of a grammar.
+        max_options: Options of a choice.
         max_request_id: Characters of the caller's request id.
     """
 
@@ -48,4 +51,7 @@ class PromptLimits:
     max_stop_bytes: int = 1024
     max_stop_token_ids: int = 64
     max_logit_bias: int = 1024
+    max_constraint_bytes: int = 64 * _KIB
+    max_grammar_bytes: int = 16 * _KIB
+    max_options: int = 1024
     max_request_id: int = 128

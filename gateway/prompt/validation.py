@@ -9,6 +9,7 @@ from gateway.prompt.not_yet import check_supported
 from gateway.prompt.prompt_rules import check_blocks, check_chat, check_rag
 from gateway.prompt.sampling import max_new_tokens
 from gateway.prompt.sampling_rules import check_sampling
+from gateway.prompt.structured_rules import check_structured
 from shared.errors import InvalidRequestError, Reason
 
 
@@ -27,6 +28,8 @@ def validate(request: GenerateRequest, limits: PromptLimits) -> None:
     _check_enums(request)
     _check_envelope(request, limits)
     check_sampling(request.sampling, limits)
+    if request.HasField("structured_output"):
+        check_structured(request.structured_output, limits)
     if request.HasField("resume"):
         _check_resume(request, request.resume)
     check_supported(request)

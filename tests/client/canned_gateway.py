@@ -111,7 +111,7 @@ class CannedGateway(generation_pb2_grpc.GenerationServicer, operations_pb2_grpc.
             role=operations_pb2.PROCESS_ROLE_GATEWAY,
             state=operations_pb2.PROCESS_STATE_READY,
             address=self.address,
-            values=[operations_pb2.StatusValue(name="requests_running", value=2)],
+            values=[operations_pb2.StatusValue(name="num_requests_running", value=2)],
         )
         decode = operations_pb2.ProcessStatus(
             worker_id="decode-0",

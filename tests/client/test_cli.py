@@ -116,7 +116,7 @@ def test_a_refusal_names_its_reason(gateway: CannedGateway, document: Path) -> N
 def test_status(gateway: CannedGateway) -> None:
     done = run("status", "-s", gateway.address)
     assert done.exit_code == 0, done.output
-    for said in ("gateway", "decode-0", "ready", gateway.address, "[bold]tiny", "requests_running", "3.0 MiB"):
+    for said in ("gateway", "decode-0", "ready", gateway.address, "[bold]tiny", "num_requests_running", "3.0 MiB"):
         assert said in done.stdout
     said = json.loads(run("status", "-s", gateway.address, "--json").stdout)
     assert [process["worker_id"] for process in said["processes"]] == ["gateway", "decode-0"]

@@ -8,7 +8,7 @@ import pytest
 
 from drystone import Block, Document, InvalidRequestError, Message, Template, Truncation
 from drystone._requests import generate_request
-from drystone.v1 import prompt_pb2
+from drystone.v1 import prompt_pb2, sampling_pb2
 
 
 def test_absent_options_stay_absent() -> None:
@@ -53,6 +53,44 @@ def test_every_option_is_carried() -> None:
     assert request.sampling.logit_bias[5] == -1.5
 
 
+@pytest.mark.parametrize(
+    ("options", "constraint"),
+    [
+        ({}, None),
+        ({"json_schema": None, "choices": None}, None),
+        ({"json_schema": {"type": "object"}}, {"json_schema": '{"type": "object"}'}),
+        ({"json_schema": '{"type": "array"}'}, {"json_schema": '{"type": "array"}'}),
+        ({"regex": "a+"}, {"regex": "a+"}),
+        ({"choices": ["yes", "no"]}, {"choice": sampling_pb2.StructuredOutput.Choice(options=["yes", "no"])}),
+        # Nothing in it is still a choice; the server says what is wrong.
+        ({"choices": []}, {"choice": sampling_pb2.StructuredOutput.Choice()}),
+        ({"grammar": 'root ::= "a"'}, {"grammar": 'root ::= "a"'}),
+    ],
+)
+def test_the_shape_of_the_answer_is_carried(options: Any, constraint: Any) -> None:
+    request = generate_request("Why?", {"documents": ["text"], **options})
+    assert request.HasField("structured_output") == (constraint is not None)
+    if constraint is not None:
+        assert request.structured_output == sampling_pb2.StructuredOutput(**constraint)
+
+
+def test_penalties_and_samples_are_carried() -> None:
+    request = generate_request(
+        "Why?",
+        {
+            "documents": ["text"],
+            "n": 3,
+            "repetition_penalty": 1.5,
+            "presence_penalty": -1.0,
+            "frequency_penalty": 0.0,
+            "logprobs": 2,
+        },
+    )
+    sampling = request.sampling
+    assert (request.n, sampling.repetition_penalty, sampling.presence_penalty, sampling.logprobs) == (3, 1.5, -1.0, 2)
+    assert sampling.HasField("frequency_penalty")
+
+
 def test_messages() -> None:
     messages: list[Any] = [Message("system", "Be brief."), {"role": "user", "content": "Why?"}]
     request = generate_request(None, {"messages": messages, "documents": [Document("T", b"bytes"), Document(key="k")]})
@@ -69,6 +107,10 @@ def test_messages() -> None:
         (None, {"messages": [], "instructions": "x"}, "go with question"),
         ("Why?", {"temprature": 1.0}, "unknown options: temprature"),
         ("Why?", {"max_new_tokens": 1.5}, "max_new_tokens"),
+        ("Why?", {"regex": "a", "choices": ["b"]}, "at most one of .*got regex, choices"),
+        ("Why?", {"choices": "yes"}, "a sequence"),
+        ("Why?", {"json_schema": {"const": {1}}}, "not JSON serializable"),
+        ("Why?", {"regex": 5}, "regex: a string, not int"),
     ],
 )
 def test_wrong_calls_are_type_errors(question: str | None, options: Any, said: str) -> None:
@@ -86,6 +128,8 @@ def test_wrong_calls_are_type_errors(question: str | None, options: Any, said: s
         ({"truncation": "middle"}, "truncation.side"),
         ({"truncation": Truncation("left", -1)}, "truncation.max_prompt_tokens"),
         ({"n": -1}, "n"),
+        ({"json_schema": {"minimum": float("nan")}}, "structured_output"),
+        ({"choices": ["\ud800"]}, "structured_output"),
         ({"template": Template(chat_template_kwargs={"a": {1}})}, "template.chat_template_kwargs"),
     ],
 )
@@ -93,7 +137,7 @@ def test_what_cannot_be_carried_is_an_invalid_request(options: Any, field: str) 
     with pytest.raises(InvalidRequestError) as caught:
         generate_request("Why?", {"documents": ["text"], **options})
     assert caught.value.field == field
-    assert caught.value.reason in {"INVALID_SAMPLING", "INVALID_FIELD"}
+    assert caught.value.reason in {"INVALID_SAMPLING", "INVALID_FIELD", "INVALID_STRUCTURED_OUTPUT"}
 
 
 @pytest.mark.parametrize("options", [{"documents": ["\ud800"]}, {"documents": ["ok"], "instructions": "\udcff"}])

@@ -6,6 +6,7 @@ import pytest
 
 from decode_worker.arena import Arena
 from decode_worker.blocks import Block, BlockTable
+from decode_worker.eviction import LeastFrequentlyUsed, LeastRecentlyUsed
 from tests.support.decode_parts import SHAPE, make_arena
 
 TOKENS = 2
@@ -18,7 +19,7 @@ def arena() -> Arena:
 
 @pytest.fixture
 def table(arena: Arena) -> BlockTable:
-    return BlockTable(arena)
+    return BlockTable(arena, LeastRecentlyUsed())
 
 
 def add(table: BlockTable, arena: Arena, name: str, *, store: bool = True) -> Block:
@@ -53,7 +54,7 @@ def test_the_least_recently_used_goes_first(arena: Arena, table: BlockTable) -> 
     assert pin is not None
     pin.close()
     assert table.evict_one()
-    assert names(table) == "ca"
+    assert names(table) == "ac"
     assert table.evict_one()
     assert names(table) == "a"
     assert table.evictions == 2
@@ -62,7 +63,7 @@ def test_the_least_recently_used_goes_first(arena: Arena, table: BlockTable) -> 
 def test_used_and_held_blocks_stay(arena: Arena, table: BlockTable) -> None:
     used, held = add(table, arena, "u"), add(table, arena, "h")
     pin = table.pin(b"u")
-    held.held = True
+    table.hold(held, held=True)
     assert not table.evict_one()
     assert table.evictable_records() == 0
     assert table.pinned_records == used.extent.records
@@ -87,7 +88,7 @@ def test_a_transient_block_goes_with_its_last_user(arena: Arena, table: BlockTab
 def test_a_transient_block_that_is_held_stays(arena: Arena, table: BlockTable) -> None:
     block = add(table, arena, "t", store=False)
     pin = table.pin(b"t")
-    block.held = True
+    table.hold(block, held=True)
     assert pin is not None
     pin.close()
     assert b"t" in table
@@ -117,3 +118,52 @@ def test_drop_while_in_use(arena: Arena, table: BlockTable, *, store: bool) -> N
     assert table.extents() == [again.extent]
     arena.check_integrity(table.extents())
     assert not table.pins
+
+
+def test_the_least_frequently_used_goes_first_and_old_fame_fades(arena: Arena) -> None:
+    table = BlockTable(arena, LeastFrequentlyUsed())
+    for name, uses in (("a", 3), ("b", 1), ("c", 2)):
+        add(table, arena, name)
+        for _ in range(uses):
+            pin = table.pin(name.encode())
+            assert pin is not None
+            pin.close()
+    assert table.evict_one()
+    assert names(table) == "ac"
+    assert table.evict_one()
+    assert names(table) == "a"
+    # What comes now stands on the age of what has gone, so that "a" with its old uses does not stay for ever.
+    for name in "de":
+        add(table, arena, name)
+        for _ in range(2):
+            pin = table.pin(name.encode())
+            assert pin is not None
+            pin.close()
+    assert table.evict_one()
+    assert names(table) == "de"
+
+
+def test_a_hold_keeps_and_lets_go(arena: Arena, table: BlockTable) -> None:
+    block = add(table, arena, "a")
+    table.hold(block, held=True)
+    table.check_integrity()
+    assert not table.evict_one()
+    table.hold(block, held=False)
+    table.check_integrity()
+    assert table.evictable_records() == block.extent.records
+    assert table.drop(b"a") == SHAPE.extent_bytes(TOKENS)
+    table.check_integrity()
+    held = add(table, arena, "h")
+    table.hold(held, held=True)
+    assert table.drop(b"h") == SHAPE.extent_bytes(TOKENS)
+    assert arena.free_records == arena.capacity_records
+
+
+def test_the_heap_of_the_resting_does_not_grow_with_uses(arena: Arena, table: BlockTable) -> None:
+    add(table, arena, "a")
+    for _ in range(1000):
+        pin = table.pin(b"a")
+        assert pin is not None
+        pin.close()
+    assert len(table._resting) < 100
+    table.check_integrity()

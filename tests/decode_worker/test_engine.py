@@ -11,19 +11,27 @@ from typing import Any
 import pytest
 import torch
 
-from decode_worker import engine as module
+from decode_worker import local_encoding as module
 from decode_worker.arena import Arena
 from decode_worker.attention.flash import FlashAttention
 from decode_worker.engine import Engine
 from decode_worker.pool import Pool
 from decode_worker.request import Request
 from decode_worker.runner import Runner
+from decode_worker.sampling import Sampler
 from drystone.v1.statistics_pb2 import BlockSource
 from shared.engine.served_model import ServedModel
 from shared.errors import DrystoneError, Reason
 from shared.internal.v1.common_pb2 import BlockRef, KvEndpoint, Reservation
 from shared.runtime import cancelled
-from tests.support.decode_parts import IDENTITY, Sink, assert_all_free_after_eviction, assert_idle, make_request
+from tests.support.decode_parts import (
+    IDENTITY,
+    Sink,
+    assert_all_free_after_eviction,
+    assert_idle,
+    make_request,
+    tokenizer,
+)
 from tests.support.stacks import until
 
 ENDPOINT = KvEndpoint(zmq_address="tcp://127.0.0.1:1")
@@ -39,7 +47,9 @@ class Driven:
     def __init__(self, model: ServedModel, tokens: int, max_waiting: int) -> None:
         shape = model.geometry.shape
         self.pool = Pool(Arena(shape, shape.extent_bytes(tokens), torch.device("cpu")), IDENTITY)
-        self.runner = Runner(model, FlashAttention(self.pool.arena, model.geometry.layers))
+        self.runner = Runner(
+            model, FlashAttention(self.pool.arena, model.geometry.layers), Sampler(tokenizer(), model.vocabulary_size)
+        )
         self.engine = Engine(model, self.pool, self.runner, max_waiting=max_waiting, endpoint=ENDPOINT)
 
     def submit(self, blocks: Sequence[BlockRef] = (), **options: Any) -> tuple[Request, Sink]:
@@ -106,7 +116,7 @@ async def test_a_cancel_at_any_moment_frees_everything(model: ServedModel) -> No
             run.engine.cancel(request)
             run.engine.cancel(request)
             said = len(sink)
-            await until(lambda: not run.engine.requests)
+            await until(lambda: not run.engine.lifecycle.holding)
             assert len(sink) == said, "a cancelled request is told nothing more"
             await until(lambda: not len(run.pool.fetches))
             assert_idle(run.pool)
@@ -126,12 +136,12 @@ async def test_memory_in_a_step_is_held_until_the_step_returns(model: ServedMode
         await until(began.is_set)
         run.engine.cancel(request)
         await asyncio.sleep(0.02)
-        assert run.engine.running == 0
-        assert run.engine.requests == [request]
-        assert request.tail is not None
+        assert len(run.engine.lifecycle.running) == 0
+        assert run.engine.lifecycle.holding == [request]
+        assert request.samples[0].tail is not None
         run.pool.check_integrity([request])
         go.set()
-        await until(lambda: not run.engine.requests)
+        await until(lambda: not run.engine.lifecycle.holding)
         assert_idle(run.pool)
         assert sink.kinds() == ["admitted"]
 
@@ -206,13 +216,13 @@ async def test_the_queue_is_bounded_and_who_has_room_never_waits(model: ServedMo
             run.submit(question=(1,))
         assert caught.value.reason is Reason.TOO_MANY_REQUESTS
         assert caught.value.retry_after_ms == 1000
-        assert run.engine.waiting == most
+        assert len(run.engine.lifecycle.waiting) == most
         run.engine.cancel(running)
         await run.ended(*(request for request, _ in waiting))
         again, sink = run.submit(question=(1,))
         await run.ended(again)
         assert sink[-1].HasField("ended")
-        assert run.engine._timers == {}
+        assert run.engine.lifecycle._timers == {}
 
 
 async def test_stopping_fails_what_runs_and_frees_everything(model: ServedModel) -> None:

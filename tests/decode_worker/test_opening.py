@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from decode_worker.opening import Opener
+from decode_worker.sampling import Sampler
 from decode_worker.settings import DecodeSettings
-from drystone.v1.sampling_pb2 import Resume, SamplingParams, StructuredOutput
+from drystone.v1.sampling_pb2 import FinishReason, Resume, ResumeSample, SamplingParams, StructuredOutput
 from shared.engine.served_model import ServedModel
 from shared.errors import DrystoneError, Reason
 from shared.internal.v1.common_pb2 import BlockRef
@@ -20,7 +21,9 @@ SAMPLING = {"max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0, "min_p": 0.0,
 
 @pytest.fixture
 def opener(model: ServedModel) -> Opener:
-    return Opener(model, tiny_tokenizer().backend_tokenizer, incarnation=11, default_timeout_seconds=5.0)
+    tokenizer = tiny_tokenizer().backend_tokenizer
+    sampler = Sampler(tokenizer, model.vocabulary_size)
+    return Opener(model, tokenizer, sampler, incarnation=11, default_timeout_seconds=5.0)
 
 
 def message(model: ServedModel, **changes: Any) -> Open:
@@ -39,7 +42,7 @@ def message(model: ServedModel, **changes: Any) -> Open:
 
 def refused(opener: Opener, opened: Open) -> DrystoneError:
     with pytest.raises(DrystoneError) as caught:
-        opener.open(1, opened, lambda _: None)
+        opener.open(1, opened, lambda _: None, opener.grammar(opened))
     return caught.value
 
 
@@ -69,23 +72,63 @@ def test_tokens_without_embeddings_are_refused(opener: Opener, model: ServedMode
     assert "without tokens" in refused(opener, message(model, question_token_ids=[])).message
 
 
+def test_every_sample_has_a_state_of_its_own(opener: Opener, model: ServedModel) -> None:
+    request = opener.open(1, message(model, n=3), lambda _: None)
+    assert [sample.index for sample in request.samples] == [0, 1, 2]
+    request.samples[0].state.accept(7)
+    assert [sample.generated for sample in request.samples] == [[7], [], []]
+
+
+def resume(model: ServedModel, *samples: ResumeSample) -> Resume:
+    return Resume(samples=samples, model_fingerprint=model.fingerprint.hex())
+
+
+def test_an_interrupted_answer_is_taken_up_where_its_text_was(opener: Opener, model: ServedModel) -> None:
+    whole = opener.open(1, message(model, resume=resume(model, ResumeSample(token_ids=[40, 41]))), lambda _: None)
+    [sample] = whole.samples
+    assert (sample.generated, sample.resumed, sample.finished) == ([40, 41], (40, 41), False)
+    assert len(sample.untold) > 1
+    past = ResumeSample(token_ids=[40, 41], text_chars=1)
+    partly = opener.open(1, message(model, resume=resume(model, past)), lambda _: None)
+    assert partly.samples[0].untold == sample.untold[1:]
+
+
+def test_what_had_ended_is_not_run_again(opener: Opener, model: ServedModel) -> None:
+    ended = ResumeSample(sample_index=0, token_ids=[40], finished=True)
+    full = ResumeSample(sample_index=1, token_ids=[40, 41, 42, 43])
+    request = opener.open(1, message(model, n=3, resume=resume(model, ended, full)), lambda _: None)
+    assert [sample.index for sample in request.live] == [2]
+    assert [sample.over for sample in request.samples] == [None, FinishReason.FINISH_REASON_LENGTH, None]
+
+
 @pytest.mark.parametrize(
-    ("name", "changes"),
+    ("past", "said"),
     [
-        ("n", {"n": 4}),
-        ("structured_output", {"structured_output": StructuredOutput(regex="a+")}),
-        ("resume", {"resume": Resume()}),
-        ("keep_tail", {"keep_tail": True}),
-        ("reuse_tail", {"reuse_tail": True}),
-        ("repetition_penalty", {"sampling": SamplingParams(**SAMPLING, repetition_penalty=1.5)}),  # type: ignore[arg-type]
-        ("logit_bias", {"sampling": SamplingParams(**SAMPLING, logit_bias={1: 2.0})}),  # type: ignore[arg-type]
-        ("logprobs", {"sampling": SamplingParams(**SAMPLING, logprobs=1)}),  # type: ignore[arg-type]
+        (ResumeSample(sample_index=1), "resume.samples[0].sample_index"),
+        (ResumeSample(token_ids=[40] * 5), "resume.samples[0].token_ids"),
+        (ResumeSample(token_ids=[40], text_chars=10**6), "resume.samples[0].text_chars"),
     ],
 )
-def test_what_it_cannot_do_it_refuses(opener: Opener, model: ServedModel, name: str, changes: dict[str, Any]) -> None:
-    error = refused(opener, message(model, **changes))
-    assert error.reason is Reason.NOT_SUPPORTED
-    assert name in error.message
+def test_a_past_that_cannot_be_is_refused(opener: Opener, model: ServedModel, past: ResumeSample, said: str) -> None:
+    error = refused(opener, message(model, resume=resume(model, past)))
+    assert error.reason is Reason.INVALID_FIELD
+    assert said in error.message
+
+
+def test_a_past_of_another_model_or_after_the_end_is_refused(opener: Opener, model: ServedModel) -> None:
+    other = Resume(samples=[ResumeSample(token_ids=[40])], model_fingerprint="0" * 64)
+    assert refused(opener, message(model, resume=other)).reason is Reason.MODEL_CHANGED
+    end = min(model.eos_token_ids)
+    after = resume(model, ResumeSample(token_ids=[end, 40]))
+    assert "after the answer's end" in refused(opener, message(model, resume=after)).message
+    constrained = message(
+        model,
+        structured_output=StructuredOutput(choice=StructuredOutput.Choice(options=["yes"])),
+        resume=resume(model, ResumeSample(token_ids=[40])),
+    )
+    error = refused(opener, constrained)
+    assert error.reason is Reason.INVALID_FIELD
+    assert "not an answer to this request" in error.message
 
 
 def test_strangers_are_refused(opener: Opener, model: ServedModel) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from decode_worker.pool import Pool
@@ -28,7 +30,7 @@ def finish(pool: Pool, request: Request) -> list[Fetch]:
 
 def admitted(pool: Pool, *names: int, tokens: int = 8) -> tuple[Request, list[Fetch]]:
     request = make_request([block(name, tokens) for name in names])
-    driven = pool.admit(request)
+    driven = pool.admit(request, may_move=True)
     assert driven is not None
     return request, driven
 
@@ -102,15 +104,15 @@ def test_no_room_holds_nothing() -> None:
     running, driven = admitted(pool, 1, tokens=16)
     before = pool.arena.free_records
     joined = make_request([block(1, 16), block(2, 4)])
-    assert pool.admit(joined) is None
+    assert pool.admit(joined, may_move=True) is None
     assert driven[0].waiters == [running]
-    assert (joined.pins, joined.fetches, joined.arrivals, joined.tail) == ([], set(), {}, None)
+    assert (joined.pins, joined.fetches, joined.arrivals, joined.samples[0].tail) == ([], set(), {}, None)
     assert pool.arena.free_records == before
     assert len(pool.fetches) == 1
     pool.check_integrity([running])
     finish(pool, running)
     assert_idle(pool)
-    assert pool.admit(joined) is not None
+    assert pool.admit(joined, may_move=True) is not None
     finish(pool, joined)
     assert_idle(pool)
 
@@ -120,7 +122,7 @@ def test_a_request_without_room_evicts_nothing() -> None:
     resident(pool, 1, 2)
     running, _ = admitted(pool, 1)
     waiting = make_request([block(2, 8), block(3, 80)])
-    assert pool.admit(waiting) is None
+    assert pool.admit(waiting, may_move=True) is None
     assert pool.blocks.evictions == 0
     assert len(pool.blocks) == 2
     finish(pool, running)
@@ -134,10 +136,10 @@ def test_a_request_never_evicts_its_own_blocks() -> None:
     resident(pool, 5, tokens=SEGMENT_TOKENS)
     # Block 1 is the least recently used, and the last that this request names.
     request = make_request([block(4, 70), block(2, 8), block(1, 8)])
-    driven = pool.admit(request)
+    driven = pool.admit(request, may_move=True)
     assert driven is not None
     assert [fetch.key[0] for fetch in driven] == [4]
-    assert [found.key[0] for found in pool.blocks.all()] == [2, 1]
+    assert [found.key[0] for found in pool.blocks.all()] == [1, 2]
     finish(pool, request)
     assert_idle(pool)
 
@@ -152,18 +154,55 @@ def test_what_fits_beside_its_own_blocks_leaves_them_alone() -> None:
     assert_all_free_after_eviction(pool)
 
 
-def test_its_own_blocks_go_when_they_alone_are_in_the_way() -> None:
+def test_blocks_are_moved_when_bytes_suffice_and_no_run_does() -> None:
     pool = make_pool(SEGMENT_TOKENS + 80)
     first = make_request([block(1, 40), block(2, 8)], max_new_tokens=1)
-    for fetch in pool.admit(first) or ():
+    for fetch in pool.admit(first, may_move=True) or ():
+        pool.arena.view(fetch.extent).fill_(fetch.key[0])
         pool.commit(fetch)
     finish(pool, first)
+    pool.blocks.drop(bytes([1]) * 32)
     # 144 tokens in all, exactly what it needs, but block 2 at 40 parts them into runs of 40 and 96.
     request = make_request([block(4, 72), block(2, 8)])
-    driven = pool.admit(request)
+    assert pool.admit(request, may_move=False) is None
+    pool.check_integrity([])
+    driven = pool.admit(request, may_move=True)
     assert driven is not None
-    assert [fetch.key[0] for fetch in driven] == [4, 2]
+    assert [fetch.key[0] for fetch in driven] == [4]
+    assert bool((pool.arena.view(request.pins[0].block.extent) == 2).all())
+    assert pool.arena.moved_bytes > 0
     finish(pool, request)
+    assert_all_free_after_eviction(pool)
+
+
+def test_what_fits_by_bytes_is_admitted_with_nine_tenths_of_the_pool_pinned_in_random_sizes() -> None:
+    draw = random.Random(3)
+    pool = make_pool(6000)
+    held: list[Request] = []
+    number = 0
+    while pool.arena.free_records > 0.3 * pool.arena.capacity_records:
+        number += 1
+        request = make_request([block(number % 250, draw.randint(1, 150))])
+        for fetch in pool.admit(request, may_move=True) or ():
+            pool.arena.view(fetch.extent).fill_(fetch.key[0])
+            pool.commit(fetch)
+        held.append(request)
+    while pool.arena.free_records < 0.1 * pool.arena.capacity_records or len(held) % 3:
+        finish(pool, held.pop(draw.randrange(len(held))))
+        while pool.blocks.evict_one():
+            pass
+    tokens = pool.arena.free_records // SHAPE.layers - SEGMENT_TOKENS
+    assert tokens > 100
+    big = make_request([block(251, tokens)], max_new_tokens=1)
+    driven = pool.admit(big, may_move=True)
+    assert driven is not None
+    pool.check_integrity([*held, big])
+    for request in held:
+        pool.place(request)
+        for placement in request.placements:
+            assert bool((pool.arena.view(placement.extent) == placement.key[0]).all())
+    for request in [*held, big]:
+        finish(pool, request)
     assert_all_free_after_eviction(pool)
 
 
@@ -243,9 +282,9 @@ def test_another_life_is_told_apart() -> None:
 def test_a_block_stays_when_any_of_its_users_stores_it(*, first: bool, second: bool) -> None:
     pool = make_pool(400)
     one, two = (make_request([block(1, 8, store=store)]) for store in (first, second))
-    driven = pool.admit(one)
+    driven = pool.admit(one, may_move=True)
     assert driven is not None
-    pool.admit(two)
+    pool.admit(two, may_move=True)
     pool.commit(driven[0])
     finish(pool, one)
     finish(pool, two)
@@ -256,10 +295,10 @@ def test_a_block_stays_when_any_of_its_users_stores_it(*, first: bool, second: b
 def test_storing_a_block_that_is_there_for_one_request_keeps_it() -> None:
     pool = make_pool(400)
     passing, keeping = (make_request([block(1, 8, store=store)]) for store in (False, True))
-    driven = pool.admit(passing)
+    driven = pool.admit(passing, may_move=True)
     assert driven is not None
     pool.commit(driven[0])
-    assert pool.admit(keeping) == []
+    assert pool.admit(keeping, may_move=True) == []
     finish(pool, keeping)
     finish(pool, passing)
     assert len(pool.blocks) == 1

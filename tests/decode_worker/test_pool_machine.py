@@ -40,14 +40,14 @@ class PoolMachine(RuleBasedStateMachine):
             return
         held = [list(fetch.waiters) for fetch in self.pool.fetches.all()]
         free = self.pool.arena.free_records + self.pool.blocks.evictable_records()
-        driven = self.pool.admit(request)
+        driven = self.pool.admit(request, may_move=not self.encoding)
         if driven is None:
             assert self.running or self.encoding, "an idle pool has room for everything that ever fits"
             assert [list(fetch.waiters) for fetch in self.pool.fetches.all()] == held
             assert self.pool.arena.free_records + self.pool.blocks.evictable_records() == free
-            assert (request.pins, request.fetches, request.tail) == ([], set(), None)
+            assert (request.pins, request.fetches, request.samples[0].tail) == ([], set(), None)
             return
-        assert request.tail is not None
+        assert request.samples[0].tail is not None
         self.running.append(request)
 
     @precondition(lambda self: self.arriving())

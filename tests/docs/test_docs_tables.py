@@ -51,7 +51,7 @@ def test_a_stale_table_is_told(
     assert "old" in (tmp_path / "status.md").read_text(encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["tables.py"])
     assert fresh["main"]() == 0
-    assert "`requests_running`" in (tmp_path / "status.md").read_text(encoding="utf-8")
+    assert "`num_requests_running`" in (tmp_path / "status.md").read_text(encoding="utf-8")
 
 
 def test_every_dependency_has_its_reason() -> None:

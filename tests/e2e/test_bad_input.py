@@ -122,7 +122,7 @@ TABLE: dict[str, tuple[Request, Reason, str | None, str | None, str | None]] = {
     "unknown attention": (blocks("a", "b", attention=9), Reason.INVALID_FIELD, "attention", "0 to 2", "9"),
     "request id of 129": (blocks("a", "b", request_id="x" * 129), Reason.INVALID_FIELD, "request_id", "128", "129"),
     "no time": (blocks("a", "b", timeout_ms=0), Reason.INVALID_FIELD, "timeout_ms", ">= 1", "0"),
-    "not built yet": (blocks("a", "b", n=2), Reason.NOT_SUPPORTED, "n", None, None),
+    "not built yet": (blocks("a", "b", tenant="acme"), Reason.NOT_SUPPORTED, "tenant", None, None),
 }
 
 
@@ -242,7 +242,7 @@ async def test_garbage_on_a_workers_own_stream(served: Served) -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"stop_token_ids": [2**32 - 1, 400, 399], "min_new_tokens": 3},
+        {"stop_token_ids": [0, 398, 399], "min_new_tokens": 3},
         {"temperature": 1e-44, "min_p": 0.5},
         {"temperature": 3.4e38, "top_p": 1e-30},
         {"top_k": 2**31 - 1, "temperature": 1.0},

@@ -15,7 +15,7 @@ import drystone
 from drystone import TextDelta
 from drystone.v1 import generation_pb2 as v1
 from drystone.v1.prompt_pb2 import BlockInput, BlocksPrompt
-from drystone.v1.sampling_pb2 import SamplingParams
+from drystone.v1.sampling_pb2 import FinishReason, SamplingParams
 from shared.errors import Reason
 from tests.conftest import MakeFolder
 from tests.support.errors import failure_of
@@ -106,14 +106,14 @@ async def test_a_deadline_while_waiting_for_room(tight: Served) -> None:
         assert failure.code is grpc.StatusCode.DEADLINE_EXCEEDED
         assert failure.reason == Reason.DEADLINE_EXCEEDED
         assert failure.metadata["while"] == "waiting for room"
-        assert tight.stack.decode_apps[0].engine.waiting == 0
+        assert len(tight.stack.decode_apps[0].engine.lifecycle.waiting) == 0
     await tight.until_idle()
 
 
 async def test_a_deadline_while_generating(tight: Served) -> None:
-    failure = await failure_of(run(tight, request("alpha", sampling=LONG, timeout_ms=300)))
-    assert failure.code is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert failure.metadata["while"] == "generating"
+    *_, ended, last = await run(tight, request("alpha", sampling=LONG, timeout_ms=300))
+    assert ended.sample_finished.finish_reason == FinishReason.FINISH_REASON_DEADLINE
+    assert 0 < ended.sample_finished.completion_tokens == last.completed.usage.completion_tokens
     await tight.until_idle(seconds=1.0)
 
 
@@ -126,9 +126,9 @@ async def test_the_clients_own_deadline(tight: Served) -> None:
 
 async def test_room_that_comes_free_goes_to_who_waits(tight: Served) -> None:
     first = asyncio.create_task(tight.client.generate(blocks=["alpha", "beta"], **LONG))
-    await until(lambda: tight.stack.decode_apps[0].engine.running == 1)
+    await until(lambda: len(tight.stack.decode_apps[0].engine.lifecycle.running) == 1)
     second = asyncio.create_task(tight.client.generate(blocks=["gamma " * 100, "beta"], max_new_tokens=600))
-    await until(lambda: tight.stack.decode_apps[0].engine.waiting == 1)
+    await until(lambda: len(tight.stack.decode_apps[0].engine.lifecycle.waiting) == 1)
     first.cancel()
     answer = await second
     assert answer.timings.queue_ms > 0
@@ -152,7 +152,7 @@ async def test_a_full_worker_refuses_at_once_with_a_delay(tight: Served) -> None
         waiting = [
             asyncio.create_task(run(tight, request("gamma", sampling={"max_new_tokens": 700}))) for _ in range(2)
         ]
-        await until(lambda: tight.stack.decode_apps[0].engine.waiting == 2)
+        await until(lambda: len(tight.stack.decode_apps[0].engine.lifecycle.waiting) == 2)
         failure = await failure_of(run(tight, request("delta", sampling={"max_new_tokens": 700})))
         assert failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert failure.reason == Reason.TOO_MANY_REQUESTS

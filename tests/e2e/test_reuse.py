@@ -131,7 +131,7 @@ async def test_figures_add_up(served: Served) -> None:
         ("prefill", "ready"),
     ]
     decode, prefill = status[1].values, status[2].values
-    assert decode["requests_running"] == decode["requests_waiting"] == decode["reservations_open"] == 0
+    assert decode["num_requests_running"] == decode["num_requests_waiting"] == decode["reservations_open"] == 0
     assert decode["pool_pinned_bytes"] == 0
     assert decode["received_bytes_total"] == prefill["shipped_bytes_total"] > 0
     assert decode["chunks_refused_total"] == prefill["chunks_resent_total"] == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from decode_worker.engine import STEP_BUDGET_TOKENS
+from decode_worker.scheduler import StepBudget
 from drystone import Answer, Completed, Document, SampleFinished, Started, TextDelta
 from tests.support.stacks import Served
 from tests.support.tiny_models import tiny_tokenizer
@@ -160,7 +160,7 @@ async def test_a_drawn_answer_does_not_depend_on_who_is_beside_it(served: Served
 async def test_a_long_question_runs_in_chunks_beside_others(served: Served) -> None:
     question = "stone wall harbour " * 210
     alone = await served.client.generate(blocks=["alpha", question], max_new_tokens=5)
-    assert alone.blocks[-1].tokens > 2 * STEP_BUDGET_TOKENS
+    assert alone.blocks[-1].tokens > 2 * StepBudget().tokens
     answers = await asyncio.gather(
         served.client.generate(blocks=["alpha", question], max_new_tokens=5),
         served.client.generate(blocks=["gamma", question], max_new_tokens=5),

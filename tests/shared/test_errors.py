@@ -42,7 +42,9 @@ def test_docs_have_every_reason() -> None:
 
 
 def test_figures_are_registered() -> None:
-    assert [(value.name, value.value) for value in status_values(requests_running=2)] == [("requests_running", 2.0)]
+    assert [(value.name, value.value) for value in status_values(num_requests_running=2)] == [
+        ("num_requests_running", 2.0)
+    ]
     with pytest.raises(KeyError):
         status_values(unheard_of=1)
     for name, meaning in FIGURES.items():

@@ -18,18 +18,18 @@ def free_port() -> int:
 
 
 def test_page_shows_figures_and_histograms():
-    figures = {"requests_running": 3.0, "requests_total": 7.0}
+    figures = {"num_requests_running": 3.0, "requests_total": 7.0}
     metrics = Metrics(lambda: figures, HISTOGRAMS)
     metrics.observe("time_to_first_token_seconds", 0.03)
     port = free_port()
     metrics.serve("127.0.0.1", port)
     try:
-        figures["requests_running"] = 4.0
+        figures["num_requests_running"] = 4.0
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
             families = {family.name: family for family in text_string_to_metric_families(page.read().decode())}
     finally:
         metrics.close()
-    assert families["drystone_requests_running"].samples[0].value == 4.0
+    assert families["drystone_num_requests_running"].samples[0].value == 4.0
     assert families["drystone_requests"].type == "counter"
     counts = {s.name: s.value for s in families["drystone_time_to_first_token_seconds"].samples if not s.labels}
     assert counts["drystone_time_to_first_token_seconds_count"] == 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,10 @@ import torch
 from decode_worker.arena import Arena
 from decode_worker.pool import Pool
 from decode_worker.request import Request
+from decode_worker.sample import Sample
+from decode_worker.sampling import SampleState
 from decode_worker.text import TextStream
+from drystone.v1.generation_pb2 import Priority
 from drystone.v1.sampling_pb2 import SamplingParams
 from shared.internal.v1.common_pb2 import BlockRef, WorkerIdentity
 from shared.internal.v1.decode_pb2 import GenerateResponse
@@ -27,7 +30,7 @@ _call_ids = itertools.count(1)
 
 
 @functools.cache
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
     return tiny_tokenizer().backend_tokenizer
 
 
@@ -52,8 +55,9 @@ class Sink(list[GenerateResponse]):
     def kinds(self) -> list[str]:
         return [str(message.WhichOneof("message")) for message in self]
 
-    def token_ids(self) -> list[int]:
-        return [token for message in self for token in message.tokens.token_ids]
+    def token_ids(self, sample: int = 0) -> list[int]:
+        mine = [message.tokens for message in self if message.tokens.sample_index == sample]
+        return [token for tokens in mine for token in tokens.token_ids]
 
     def text(self) -> str:
         return "".join(message.tokens.text for message in self)
@@ -67,22 +71,38 @@ def make_request(
     seconds: float = 30.0,
     stop: Sequence[str] = (),
     stop_ids: frozenset[int] = frozenset(),
+    n: int = 1,
+    priority: Priority.ValueType = Priority.PRIORITY_NORMAL,
+    keep_tail: bool = False,
+    resumed: Mapping[int, Sequence[int]] | None = None,
     **sampling: float,
 ) -> Request:
     """A request as the service makes it; greedy, four tokens, unless told otherwise."""
     values = {"max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0, "seed": 7, **sampling}
     number = next(_call_ids)
+    params = SamplingParams(**values)  # type: ignore[arg-type] # numbers of the right kind by name
+    prompt = [*(token for ref in blocks for token in ref.token_ids), *question]
+    state = SampleState(params, sample_index=0, prompt_ids=prompt, stop_ids=stop_ids, grammar=None)
+    states = [state, *(state.fork(index) for index in range(1, n))]
+    samples = [Sample(state, TextStream(tokenizer(), list(question), stop)) for state in states]
+    for index, past in (resumed or {}).items():
+        samples[index].resumed = tuple(past)
+        for token in past:
+            samples[index].state.accept(token)
+            samples[index].text.push(token)
     return Request(
         request_id=f"request-{number}",
         call_id=number,
         traceparent="",
         blocks=list(blocks),
         question_ids=list(question),
-        sampling=SamplingParams(**values),  # type: ignore[arg-type] # numbers of the right kind by name
-        stop_ids=stop_ids,
+        sampling=params,
+        samples=samples,
         deadline=time.monotonic() + seconds,
         sink=(sink if sink is not None else Sink()).append,
-        text=TextStream(_tokenizer(), list(question), stop),
+        priority=priority,
+        keep_tail=keep_tail,
+        reuse_tail=True,
     )
 
 

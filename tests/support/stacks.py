@@ -86,8 +86,8 @@ class Served:
         await until(lambda: not self._busy(), seconds, self._busy)
         for app in self.stack.decode_apps:
             assert_idle(app.pool)
-            assert app.engine.requests == []
-            assert app.engine._timers == {}
+            assert app.engine.lifecycle.holding == []
+            assert app.engine.lifecycle._timers == {}
         for worker in self.stack.prefill_apps:
             if self.stopped(worker):
                 continue
@@ -104,7 +104,12 @@ class Served:
         found = [f"gateway runs {gateway.generation.running}"] if gateway and gateway.generation.running else []
         for app in self.stack.decode_apps:
             pool = app.pool
-            held = (app.engine.running, app.engine.waiting, pool.blocks.pins, len(pool.fetches))
+            held = (
+                len(app.engine.lifecycle.running),
+                len(app.engine.lifecycle.waiting),
+                pool.blocks.pins,
+                len(pool.fetches),
+            )
             if any(held):
                 found.append(f"decode worker: running, waiting, pins, fetches {held}")
         queues = [worker.encoder.queued for worker in self.stack.prefill_apps if not self.stopped(worker)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from drystone.v1.generation_pb2 import Priority
+from drystone.v1.generation_pb2 import GenerateRequest, Priority
 from drystone.v1.prompt_pb2 import Attention
 from drystone.v1.sampling_pb2 import SamplingParams
 from drystone.v1.statistics_pb2 import BlockRole
@@ -34,6 +34,6 @@ def ticket(*blocks: tuple[int, ...], **changed: Any) -> Ticket:
         "arrived": now,
         "planned": now,
         "deadline": now + 10.0,
-        "priority": Priority.PRIORITY_NORMAL,
+        "request": GenerateRequest(priority=Priority.PRIORITY_NORMAL),
     }
     return Ticket(**{**values, **changed})

@@ -139,7 +139,7 @@ class Wire:
     def expect(self, block: StoredBlock) -> Request:
         """A request that waits for this block."""
         request = make_request([BlockRef(key=block.key, token_ids=block.token_ids, store=True)])
-        assert self.pool.admit(request) is not None
+        assert self.pool.admit(request, may_move=True) is not None
         return request
 
     def reservation(self, request: Request) -> Reservation:

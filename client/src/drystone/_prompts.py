@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 AttentionName = Literal["block", "full"]
 TruncationName = Literal["refuse", "left", "right"]
+PriorityName = Literal["low", "normal", "high"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,16 @@ class GenerateOptions(TypedDict, total=False):
     frequency_penalty: float | None
     logit_bias: Mapping[int, float] | None
     logprobs: int | None
+    # The shape of the answer, at most one: JSON Schema as a mapping or as JSON text, a regular expression that the
+    # whole answer matches, strings of which it is one, or a grammar in EBNF.
+    json_schema: Mapping[str, object] | str | None
+    regex: str | None
+    choices: Sequence[str] | None
+    grammar: str | None
+    # Keep the KV of question and answer, so that a follow-up runs only its new tokens.
+    keep_tail: bool
+    # Who goes first when there is more work than room: "low", "normal" or "high".
+    priority: PriorityName | None
     request_id: str
     # Seconds for the whole answer; None leaves it to the server. Absent: the client's `Timeouts.generate`.
     timeout: float | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
@@ -54,12 +55,17 @@ def generate_request(question: str | None, options: GenerateOptions) -> generati
         ) from error
     if attention := options.get("attention"):
         request.attention = _number(prompt_pb2.Attention, "ATTENTION_", "attention", attention)
+    if priority := options.get("priority"):
+        request.priority = _number(generation_pb2.Priority, "PRIORITY_", "priority", priority)
+    request.keep_tail = bool(options.get("keep_tail", False))
     if truncation := options.get("truncation"):
         request.truncation.CopyFrom(_truncation(truncation))
     if template := options.get("template"):
         request.template.CopyFrom(_template(template))
     if (samples := options.get("n")) is not None:
         _set(request, "n", samples, "n")
+    if (structured := _structured(options)) is not None:
+        request.structured_output.CopyFrom(structured)
     return request
 
 
@@ -123,6 +129,33 @@ def _sampling(options: GenerateOptions) -> sampling_pb2.SamplingParams:
     except ValueError as error:
         raise InvalidRequestError(f"sampling: {error}", reason="INVALID_SAMPLING", field="sampling") from error
     return sampling
+
+
+def _structured(options: GenerateOptions) -> sampling_pb2.StructuredOutput | None:
+    schema, regex = options.get("json_schema"), options.get("regex")
+    choices, grammar = options.get("choices"), options.get("grammar")
+    shapes = {"json_schema": schema, "regex": regex, "choices": choices, "grammar": grammar}
+    given = [name for name, shape in shapes.items() if shape is not None]
+    if len(given) > 1:
+        raise TypeError(f"give at most one of json_schema, regex, choices and grammar; got {', '.join(given)}")
+    if isinstance(choices, str):
+        raise TypeError("choices: a sequence of strings, not a string")
+    for name, text in (("regex", regex), ("grammar", grammar)):
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"{name}: a string, not {type(text).__name__}")
+    try:
+        if schema is not None:
+            # Keys keep their order: it is the order in which the answer has them.
+            text = schema if isinstance(schema, str) else json.dumps(dict(schema), allow_nan=False)
+            return sampling_pb2.StructuredOutput(json_schema=text)
+        if choices is not None:
+            return sampling_pb2.StructuredOutput(choice=sampling_pb2.StructuredOutput.Choice(options=choices))
+        if regex is not None:
+            return sampling_pb2.StructuredOutput(regex=regex)
+        return None if grammar is None else sampling_pb2.StructuredOutput(grammar=grammar)
+    except ValueError as error:
+        field = "structured_output"
+        raise InvalidRequestError(f"{field}: {error}", reason="INVALID_STRUCTURED_OUTPUT", field=field) from error
 
 
 def _set(message: ProtobufMessage, name: str, value: object, field: str) -> None:

@@ -131,17 +131,38 @@ BAD_ENVELOPES = [
     (resumed({"token_ids": [1, 2, 3]}), "resume.samples[0].token_ids"),
 ]
 
-NOT_YET = [
-    (rag(n=2), "n"),
-    (rag(structured_output=sampling_pb2.StructuredOutput(regex="a+")), "structured_output"),
-    (resumed({"token_ids": [1]}), "resume"),
-    (rag(keep_tail=True), "keep_tail"),
-    (rag(tenant="acme"), "tenant"),
-    (sampled(logprobs=0), "sampling.logprobs"),
-    (sampled(repetition_penalty=1.1), "sampling.repetition_penalty"),
-    (sampled(presence_penalty=0.5), "sampling.presence_penalty"),
-    (sampled(frequency_penalty=-0.5), "sampling.frequency_penalty"),
-    (sampled(logit_bias={5: 1.0}), "sampling.logit_bias"),
+NOT_YET = [(rag(tenant="acme"), "tenant")]
+
+
+def shaped(**constraint: object) -> pb.GenerateRequest:
+    return rag(structured_output=sampling_pb2.StructuredOutput(**constraint))
+
+
+def options(*given: str) -> sampling_pb2.StructuredOutput.Choice:
+    return sampling_pb2.StructuredOutput.Choice(options=given)
+
+
+# Field after `structured_output`, and the facts that the error must give.
+BAD_STRUCTURED = [
+    (shaped(), "", set()),
+    (shaped(json_schema=""), ".json_schema", set()),
+    (shaped(json_schema=" \n"), ".json_schema", set()),
+    (shaped(json_schema="{"), ".json_schema", {"value"}),
+    (shaped(json_schema="type: object"), ".json_schema", {"value"}),
+    (shaped(json_schema="[" * 65_000), ".json_schema", set()),
+    (shaped(json_schema="[]"), ".json_schema", {"value"}),
+    (shaped(json_schema="false"), ".json_schema", {"value"}),
+    (shaped(json_schema="null"), ".json_schema", {"value"}),
+    (shaped(json_schema="9" * 5000), ".json_schema", {"value"}),
+    (shaped(json_schema='{"a": "%s"}' % ("x" * 65_536)), ".json_schema", {"limit", "value"}),
+    (shaped(regex=""), ".regex", set()),
+    (shaped(regex="ü" * 32_769), ".regex", {"limit", "value"}),
+    (shaped(grammar="\n"), ".grammar", set()),
+    (shaped(grammar="x" * 16_385), ".grammar", {"limit", "value"}),
+    (shaped(choice=options()), ".choice.options", {"limit", "value"}),
+    (shaped(choice=options("a", "")), ".choice.options[1]", set()),
+    (shaped(choice=options(*["a"] * 1025)), ".choice.options", {"limit", "value"}),
+    (shaped(choice=options("x" * 65_000, "x" * 537)), ".choice.options", {"limit", "value"}),
 ]
 
 GOOD = [
@@ -158,6 +179,18 @@ GOOD = [
     sampled(temperature=2.0, top_p=0.1, top_k=50, min_p=1.0, ignore_eos=True, min_new_tokens=128),
     sampled(repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0),
     sampled(stop=["s"] * 64, stop_token_ids=range(64)),
+    sampled(repetition_penalty=1.3, presence_penalty=-2.0, frequency_penalty=2.0, logit_bias={5: -100.0}, logprobs=20),
+    rag(n=16, keep_tail=True),
+    resumed({"token_ids": [1]}, {"sample_index": 1, "finished": True}, n=2),
+    shaped(json_schema='{"type": "object"}'),
+    shaped(json_schema="true"),
+    shaped(regex="a+"),
+    shaped(grammar='root ::= "a"'),
+    shaped(choice=options(" ", "no")),
+    rag(
+        structured_output=sampling_pb2.StructuredOutput(regex="a+"),
+        sampling=sampling_pb2.SamplingParams(ignore_eos=True, min_new_tokens=9),
+    ),
 ]
 
 
@@ -182,6 +215,16 @@ def test_bad_envelope_names_its_field(request_: pb.GenerateRequest, field: str):
     with pytest.raises(InvalidRequestError) as raised:
         validate(request_, LIMITS)
     assert (raised.value.reason, raised.value.field) == (Reason.INVALID_FIELD, field)
+
+
+@pytest.mark.parametrize(("request_", "field", "facts"), BAD_STRUCTURED)
+def test_a_bad_constraint_names_field_limit_and_value(request_: pb.GenerateRequest, field: str, facts: set[str]):
+    with pytest.raises(InvalidRequestError) as raised:
+        validate(request_, LIMITS)
+    expected = (Reason.INVALID_STRUCTURED_OUTPUT, f"structured_output{field}")
+    assert (raised.value.reason, raised.value.field) == expected
+    assert raised.value.metadata.keys() == {"field", *facts}
+    assert len(raised.value.message) < 300
 
 
 @pytest.mark.parametrize(("request_", "field"), NOT_YET)

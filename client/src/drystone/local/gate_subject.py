@@ -52,8 +52,9 @@ class Subject:
     def idle_invariant(self) -> bool:
         """True when nothing is held now that nothing runs (raises AssertionError when memory does not tile)."""
         engine = self._stack.decode_apps[0].engine
-        engine.pool.check_integrity(engine.requests)
-        return not engine.requests and not engine.pool.blocks.pins and not len(engine.pool.fetches)
+        holding = engine.lifecycle.holding
+        engine.pool.check_integrity(holding)
+        return not holding and not engine.pool.blocks.pins and not len(engine.pool.fetches)
 
     async def ask(
         self, question: str | None = None, **prompt: Unpack[GenerateOptions]

@@ -109,17 +109,25 @@ class SamplingParams(_message.Message):
     seed: _builtins.int
     """Seed of the draws. Absent: the gateway draws one and says it in Started."""
     ignore_eos: _builtins.bool
-    """Go on after end-of-sequence tokens."""
+    """Go on after end-of-sequence tokens. A structured output then goes on for as long as its shape allows more; where
+    it allows nothing more, the answer ends all the same.
+    """
     min_new_tokens: _builtins.int
-    """No end by an end-of-sequence or stop token, or a stop string, before this many tokens. Default 0."""
+    """No end by an end-of-sequence or stop token, or a stop string, before this many tokens. Default 0. A structured
+    output that allows nothing more ends before.
+    """
     repetition_penalty: _builtins.float
-    """Divides (or multiplies) logits of tokens already seen. Above 0. Default 1."""
+    """Positive logits of tokens of the prompt and the answer are divided by this, negative ones multiplied. Above 0.
+    Default 1.
+    """
     presence_penalty: _builtins.float
-    """Subtracted once from logits of tokens already generated. Default 0."""
+    """Subtracted once from logits of tokens already generated, after repetition_penalty. Default 0."""
     frequency_penalty: _builtins.float
     """Subtracted per occurrence from logits of tokens already generated. Default 0."""
     logprobs: _builtins.int
-    """Absent: no logprobs. N: the chosen token's and the N most probable ones'."""
+    """Absent: no logprobs. N: the chosen token's and the N most probable ones'. They are of the model's own
+    distribution, before temperature, penalties, bias, structured output and filters.
+    """
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Strings that end the answer; they are not part of it."""
@@ -130,7 +138,9 @@ class SamplingParams(_message.Message):
 
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Added to the logits of these token ids."""
+        """Added to the logits of these token ids, after the penalties. Finite. An id that the model does not have is
+        refused.
+        """
 
     def __init__(
         self,
@@ -204,7 +214,12 @@ Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
 class StructuredOutput(_message.Message):
-    """A shape that the answer must have. Lives for one request."""
+    """A shape that the answer must have. Lives for one request.
+
+    Only tokens after which the shape can still be completed are chosen; an end-of-sequence token is chosen only where
+    the shape is complete. An answer cut off by max_new_tokens, a stop string or a stop token may be a beginning of the
+    shape alone.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -217,7 +232,7 @@ class StructuredOutput(_message.Message):
         OPTIONS_FIELD_NUMBER: _builtins.int
         @_builtins.property
         def options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-            """Allowed answers. At least one."""
+            """Allowed answers. At least one; none is empty."""
 
         def __init__(
             self,
@@ -235,11 +250,13 @@ class StructuredOutput(_message.Message):
     CHOICE_FIELD_NUMBER: _builtins.int
     GRAMMAR_FIELD_NUMBER: _builtins.int
     json_schema: _builtins.str
-    """JSON Schema, as JSON text."""
+    """JSON Schema, as JSON text: an object, or true for any JSON. Properties come in the schema's order. A keyword
+    that cannot be enforced is refused.
+    """
     regex: _builtins.str
-    """Regular expression that the whole answer matches."""
+    """Regular expression that the whole answer matches, without look-around and back-references."""
     grammar: _builtins.str
-    """Grammar in EBNF."""
+    """Grammar in EBNF: the GBNF form (`root ::= ...`) or the Lark form (`start: ...`)."""
     @_builtins.property
     def choice(self) -> Global___StructuredOutput.Choice:
         """One of these strings."""

@@ -1,4 +1,4 @@
-"""Choosing tokens: against the distribution worked out in numpy, and draws that depend on nothing else."""
+"""Draws: against the distribution worked out in numpy, and that they depend on nothing else."""
 
 from __future__ import annotations
 
@@ -8,15 +8,36 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from decode_worker.sampler import choose, is_greedy, uniform
+from decode_worker.sampling import SampleState, uniform
+from decode_worker.sampling.draws import draw
+from decode_worker.sampling.filters import filtered
 from drystone.v1.sampling_pb2 import SamplingParams
+from tests.sampling.conftest import params
 
 VOCAB = 40
 GOLDEN = (0.5856547424004146, 0.6994603796001606)
 
 
-def params(**values: float) -> SamplingParams:
-    return SamplingParams(**{"temperature": 1.0, "top_p": 1.0, "seed": 5, **values})  # type: ignore[arg-type]
+def choose(logits: torch.Tensor, sampling: SamplingParams, *, position: int, sample_index: int = 0) -> int:
+    state = at(sampling, position, sample_index)
+    return int(logits.argmax()) if state.greedy else draw(logits[None], [state])[0]
+
+
+def at(sampling: SamplingParams, position: int, sample_index: int = 0) -> SampleState:
+    state = SampleState(sampling, sample_index=sample_index, prompt_ids=(), stop_ids=frozenset(), grammar=None)
+    state.generated = _Long(position)
+    return state
+
+
+class _Long(list[int]):
+    """An answer of any length, without its tokens."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
 
 
 def expected(
@@ -43,7 +64,7 @@ def expected(
 
 
 def counts(logits: torch.Tensor, sampling: SamplingParams, draws: int) -> np.ndarray:
-    drawn = [choose(logits, sampling, position=position) for position in range(draws)]
+    drawn = draw(logits.expand(draws, -1), [at(sampling, position) for position in range(draws)])
     return np.bincount(drawn, minlength=len(logits))
 
 
@@ -102,9 +123,7 @@ def test_only_tokens_of_the_distribution_are_drawn(
 def test_greedy_takes_the_largest() -> None:
     logits = torch.tensor([0.0, 3.0, -1.0, 3.0])
     for sampling in (params(temperature=0.0), params(top_k=1, temperature=9.0)):
-        assert is_greedy(sampling)
         assert choose(logits, sampling, position=0) == 1
-    assert not is_greedy(params(top_k=2))
 
 
 @pytest.mark.parametrize("filters", [{}, {"min_p": 0.5}, {"top_p": 0.9}, {"top_k": 2, "min_p": 0.1}], ids=str)
@@ -153,3 +172,37 @@ def test_draws_are_uniform_and_fixed_for_ever() -> None:
     histogram = np.histogram(drawn, bins=20, range=(0, 1))[0]
     assert float(((histogram - 1000) ** 2 / 1000).sum()) < 19 + 5 * 38**0.5
     assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 0.03
+
+
+def test_a_flat_distribution_of_many_tokens_is_cut_exactly() -> None:
+    # More tokens stay than the filters look at first; ties go to the lower ids.
+    flat = torch.full((1, 3000), 1 / 3000)
+    wider = torch.full((1, 9000), 1 / 9000)
+    assert filtered(wider, [params(top_k=5000)]).nonzero()[:, 1].tolist() == list(range(5000))
+    assert filtered(wider, [params(top_p=0.25)]).count_nonzero() in (2250, 2251)
+    assert filtered(flat, [params(top_k=2000)]).nonzero()[:, 1].tolist() == list(range(2000))
+    assert filtered(flat, [params(top_p=0.5)]).count_nonzero() in (1500, 1501)
+    assert filtered(flat, [params(top_p=0.5, top_k=1000)]).nonzero()[:, 1].tolist() == list(range(500))
+    assert filtered(flat, [params(top_p=0.5, min_p=0.5)]).count_nonzero() in (1500, 1501)
+    assert filtered(flat, [params()]).count_nonzero() == 3000
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**32),
+    vocabulary=st.sampled_from([3, 255, 256, 257, 4097, 6000]),
+    spread=st.sampled_from([0.01, 1.0, 4.0, 30.0]),
+    min_p=st.sampled_from([0.0, 0.02, 0.3]),
+    top_k=st.sampled_from([0, 2, 256, 400]),
+    top_p=st.sampled_from([1e-9, 0.5, 0.97, 1.0]),
+)
+def test_what_stays_is_what_a_full_sort_would_keep(
+    seed: int, vocabulary: int, spread: float, min_p: float, top_k: int, top_p: float
+) -> None:
+    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed)) * spread
+    sampling = params(min_p=min_p, top_k=top_k, top_p=top_p)
+    kept = filtered(logits.softmax(-1)[None], [sampling])[0].count_nonzero()
+    least = np.count_nonzero(expected(logits, 1.0, min_p * 1.0001, top_k, max(1e-12, top_p - 1e-5)))
+    most = np.count_nonzero(expected(logits, 1.0, min_p * 0.9999, top_k, top_p + 1e-5))
+    # Probabilities that float32 rounds to nothing are never drawn and do not count.
+    assert min(least, np.count_nonzero(logits.softmax(-1).numpy())) <= kept <= most
