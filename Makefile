@@ -4,9 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 # torch goes in first and alone: left to the resolver, a plain `torch` may bring gigabytes of CUDA libraries.
 TORCH ?= torch==2.13.0
+# Comes with torch's CUDA wheels; beside a CPU torch it is there to run the GPU kernels' tests in its interpreter.
+TRITON ?= triton==3.9.0
 # Commit that the protos must stay compatible with.
 BASE ?= HEAD~1
-# More arguments for `serve`, `demo` and `check`, and for pytest.
+# Servers that `bench-engine` measures beside.
+PEERS ?= vllm
+# More arguments for `serve`, `demo`, `check` and `bench-engine`, and for pytest.
 ARGS ?=
 PYTEST_ARGS ?=
 
@@ -19,7 +23,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env protos protos-check docs lint test demo serve check proof clean
+.PHONY: help env protos protos-check docs lint test demo serve check proof bench-engine clean
 
 help: ## List the targets
 	@echo 'make TARGET [PYTHON=python3] [VENV=.venv] [ARGS=...] [PYTEST_ARGS=...]'
@@ -36,6 +40,9 @@ $(STAMP): pyproject.toml client/pyproject.toml
 	@$(PIP) install '$(TORCH)'
 	@echo 'env: installing drystone, its client and the development tools'
 	@$(PIP) install -e client -e '.[dev]'
+	@$(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)' || { \
+		echo 'env: installing $(TRITON) for the tests of the GPU kernels (1 GB on disk)'; \
+		$(PIP) install --no-deps '$(TRITON)' || echo 'env: none for this machine; those tests are skipped' >&2; }
 	@touch $@
 
 protos: env ## Make the Python stubs from the protos
@@ -67,7 +74,7 @@ lint: env ## Run ruff and mypy
 	@$(BIN)/mypy
 
 test: env protos-check lint ## Run every check, the tests last
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 demo: env ## Start everything here, ask three questions, show what is reused
 	@$(BIN)/drystone demo $(ARGS)
@@ -78,8 +85,13 @@ serve: env ## Run a gateway with a prefill and a decode worker until Ctrl-C
 check: env ## Compare served answers with the reference
 	@$(BIN)/drystone check $(ARGS)
 
-proof: env ## Long proofs: 50 prompts, block and full attention, float32 and bfloat16
+proof: env ## Long proofs: 10,000 requests that come and leave; 50 prompts, block and full attention, both types
+	@$(BIN)/python -m tests.load.soak
 	@$(BIN)/drystone check --prompts 50 --full $(ARGS)
+
+bench-engine: env ## Time Drystone beside other servers, installed where absent: PEERS="vllm llama.cpp"
+	@$(BIN)/python -m tests.load.peers install $(PEERS) || echo 'bench-engine: going on without it' >&2
+	@$(BIN)/python -m tests.load.engine_figures --peers '$(PEERS)' $(ARGS)
 
 clean: ## Remove the virtual environment, caches and build outputs
 	@rm -rf $(VENV) build dist client/build client/dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

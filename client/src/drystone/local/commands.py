@@ -18,12 +18,15 @@ MODULES: Final[Mapping[str, str]] = {"prefill": "prefill_worker", "decode": "dec
 # A process must be done with its running work well before the supervisor kills it: it has to release and exit too.
 _DRAIN_SHARE: Final = 0.4
 
+# Of the memory that is free, for the KV of all decode workers together. Set DRYSTONE_POOL_BYTES for a number of bytes.
+_POOL_SHARE: Final = 0.5
+
 # What the flags decide, or what is of one process and would be taken by all: no variable of the user's may say it too.
 _OURS: Final = frozenset(
     f"DRYSTONE_{name}"
     for name in (
         *("CONFIG", "HOST", "PORT", "KV_PORT", "MODEL", "MODEL_NAME", "DTYPE", "THREADS", "WORKER_ID"),
-        *("PREFILL", "DECODE", "PREFILL_WORKERS", "DECODE_WORKERS"),
+        *("PREFILL", "DECODE", "PREFILL_WORKERS", "DECODE_WORKERS", "POOL_SHARE"),
         *("READY_FILE", "EXIT_WITH_PARENT", "DRAIN_SECONDS", "LOG_LEVEL", "LOG_FORMAT"),
     )
 )
@@ -74,7 +77,10 @@ def environment(role: str, ours: Mapping[str, str]) -> dict[str, str]:
 
 def worker_flags(options: ServeOptions, model: ServedModel, name: str, ready_file: Path) -> list[str]:
     """Flags of a worker; it serves on loopback, on a free port."""
+    # Decode workers on one machine share its memory: each takes its part of what one alone would take.
+    share = ["--pool-share", f"{_POOL_SHARE / max(options.decode, 1):g}"] if name.startswith("decode-") else []
     return [
+        *share,
         *_common_flags(options, model, ready_file),
         *("--host", "127.0.0.1", "--port", "0"),
         *("--worker-id", name),
