@@ -79,7 +79,8 @@ class PromptPlanner:
         together = request.WhichOneof("prompt") == "chat"
         ids = self._ids_together(segments) if together else _joined(ids for _, ids in self._ids_alone(segments))
         lead = self._lead(request, template_name, ids)
-        return _full(lead + ids, room, store=request.store_full_block)
+        # A conversation that is to go on lives in its tail: the next turn then runs only what is new.
+        return _full(lead + ids, room, store=request.store_full_block, as_tail=together and request.keep_tail)
 
     def _block_plan(
         self, request: GenerateRequest, template_name: str, segments: Sequence[Segment], room: Room
@@ -164,13 +165,16 @@ def _planned(segment: Segment, ids: tuple[int, ...]) -> PlannedBlock:
     return PlannedBlock(segment.role, ids, segment.document_index, store=True, text=text)
 
 
-def _full(ids: tuple[int, ...], room: Room, *, store: bool) -> PlannedPrompt:
-    """One block with all but the last token, which is the question block. A single token needs no block."""
+def _full(ids: tuple[int, ...], room: Room, *, store: bool, as_tail: bool) -> PlannedPrompt:
+    """One block with all but the last token, which is the question block; or no block and a question that is all.
+
+    A single token needs no block.
+    """
     kept = cut_tokens(ids, room)
-    document = PlannedBlock(BlockRole.BLOCK_ROLE_FULL, kept[:-1], None, store=store, text=None)
+    document = PlannedBlock(BlockRole.BLOCK_ROLE_FULL, () if as_tail else kept[:-1], None, store=store, text=None)
     return PlannedPrompt(
         blocks=(document,) if document.token_ids else (),
-        question_ids=kept[-1:],
+        question_ids=kept[len(document.token_ids) :],
         attention=Attention.ATTENTION_FULL,
         truncated_tokens=len(ids) - len(kept),
         dropped_documents=(),

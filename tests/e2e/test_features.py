@@ -144,3 +144,23 @@ async def test_a_follow_up_says_what_a_fresh_request_says(served: Served) -> Non
     assert tokens(follow_up) == tokens(fresh)
     assert first.token_ids
     await served.until_idle()
+
+
+@pytest.mark.parametrize("documents", [[], ["The wall is dry.", "The stone is cut once."]])
+async def test_a_conversation_runs_only_its_new_turns(served: Served, documents: list[str]) -> None:
+    turns = [{"role": "user", "content": "What of the wall?" + " Stone." * 30}]
+    options: dict[str, Any] = {"documents": documents, "max_new_tokens": 12, "keep_tail": True, "ignore_eos": True}
+    pool = served.stack.decode_apps[0].engine.pool
+    first = await served.client.generate(messages=turns, **options)
+    turns += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "And then?"}]
+    before = pool.hit_tokens
+    second = await served.client.generate(messages=turns, **options)
+    blocks = sum(block.tokens for block in second.blocks[:-1])
+    asked = second.usage.prompt_tokens - blocks
+    assert pool.hit_tokens - before - blocks >= first.usage.prompt_tokens - blocks - 2
+    served.evict_everywhere()
+    fresh = await served.client.generate(messages=turns, **options)
+    assert fresh.token_ids == second.token_ids
+    assert asked > first.usage.prompt_tokens - blocks
+    served.evict_everywhere()
+    await served.until_idle()
