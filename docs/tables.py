@@ -20,7 +20,7 @@ from decode_worker.settings import DecodeSettings
 from gateway.settings import GatewaySettings
 from prefill_worker.settings import PrefillSettings
 from shared.errors import REASONS
-from shared.metrics import HISTOGRAMS, PREFIX
+from shared.metrics import COUNTERS, HISTOGRAMS, PREFIX
 from shared.settings import ProcessSettings, WorkerSettings
 from shared.status import FIGURES
 
@@ -36,7 +36,11 @@ def tables() -> dict[str, str]:
         "errors": _errors(),
         "status": _markdown(("figure", "meaning"), ([f"`{name}`", text] for name, text in FIGURES.items())),
         "metrics": _markdown(
-            ("histogram", "seconds"), ([f"`{PREFIX}{name}`", text] for name, text in HISTOGRAMS.items())
+            ("histogram", "meaning"), ([f"`{PREFIX}{name}`", text] for name, text in HISTOGRAMS.items())
+        ),
+        "counters": _markdown(
+            ("counter", "meaning"),
+            ([f"`{PREFIX}{name}_total{{{label}}}`", text] for name, (text, label) in COUNTERS.items()),
         ),
         "settings-process": _settings(ProcessSettings, None),
         "settings-worker": _settings(WorkerSettings, ProcessSettings),

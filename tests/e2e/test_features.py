@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import pytest
+from prometheus_client import generate_latest
 
 from drystone import DrystoneError
 from drystone.v1 import generation_pb2 as v1
@@ -164,3 +165,34 @@ async def test_a_conversation_runs_only_its_new_turns(served: Served, documents:
     assert asked > first.usage.prompt_tokens - blocks
     served.evict_everywhere()
     await served.until_idle()
+
+
+async def test_the_engines_metrics_are_named_after_vllms(served: Served) -> None:
+    await served.client.generate(**PROMPT, **DRAWN, n=2)
+    app = served.stack.decode_apps[0]
+    page = generate_latest(app._metrics.registry).decode()
+    for name in (
+        "num_requests_running",
+        "num_requests_waiting",
+        "num_requests_waiting_for_blocks",
+        "kv_cache_usage_ratio",
+        "prefix_cache_queries_total",
+        "prefix_cache_hits_total",
+        "prompt_tokens_total",
+        "generation_tokens_total",
+    ):
+        assert re.search(rf"^drystone_{name} ", page, re.MULTILINE), name
+    for name in (
+        "time_to_first_token_seconds",
+        "inter_token_latency_seconds",
+        "request_queue_time_seconds",
+        "request_prefill_time_seconds",
+        "request_decode_time_seconds",
+        "iteration_tokens",
+        "step_time_decode_seconds",
+        "step_time_prefill_seconds",
+    ):
+        counted = re.search(rf"^drystone_{name}_count (\S+)", page, re.MULTILINE)
+        assert counted is not None, name
+        assert float(counted[1]) > 0, name
+    assert re.search(r'^drystone_requests_ended_total\{reason="length"\} [1-9]', page, re.MULTILINE)
