@@ -13,9 +13,11 @@ from transformers import AutoTokenizer
 
 from decode_worker.arena import Arena
 from decode_worker.attention import base
+from decode_worker.attention.native import NativeAttention
 from decode_worker.budget import pool_bytes
 from decode_worker.engine import Engine, waiting_for_blocks
 from decode_worker.eviction import POLICIES
+from decode_worker.fused import FusedDecoder
 from decode_worker.observer import HISTOGRAMS, Observer
 from decode_worker.opening import Opener
 from decode_worker.pool import Pool
@@ -27,6 +29,7 @@ from decode_worker.service import DecodeService
 from decode_worker.settings import DecodeSettings
 from drystone.v1.operations_pb2 import ProcessRole, ProcessState
 from shared.engine import served_model
+from shared.engine.native.encoder import NativeEncoder
 from shared.engine.served_model import ServedModel
 from shared.internal.v1 import decode_pb2, worker_pb2
 from shared.internal.v1.common_pb2 import KvEndpoint, WorkerIdentity
@@ -71,17 +74,22 @@ class DecodeApp:
         self._metrics = Metrics(self.figures, HISTOGRAMS, ["requests_ended"])
         self.observer = Observer(self._metrics)
         attention = base.make(settings.attention, self.model, arena)
+        fused, native = None, None
+        if isinstance(attention, NativeAttention):
+            fused = FusedDecoder.prove(self.model, arena, attention.kernel)
+            native = NativeEncoder.prove(self.model, attention.kernel) if fused is not None else None
         self._endpoint = KvEndpoint(host=host_name())
         self.engine = Engine(
             self.model,
             self.pool,
-            Runner(self.model, attention, self._sampler, trace),
+            Runner(self.model, attention, self._sampler, trace, fused),
             endpoint=self._endpoint,
             max_waiting=settings.max_waiting,
             max_samples=settings.max_samples,
             budget=StepBudget(settings.step_tokens, settings.mixed_step_tokens),
             stall_seconds=settings.fetch_stall_seconds,
             observer=self.observer,
+            native=native,
         )
         self.tasks: list[asyncio.Task[None]] = []
 

@@ -22,6 +22,7 @@ from decode_worker.runner import Runner
 from decode_worker.scheduler import StepBudget, compose
 from drystone.v1.statistics_pb2 import BlockSource
 from shared import logs
+from shared.engine.native.encoder import NativeEncoder
 from shared.engine.served_model import ServedModel
 from shared.errors import DrystoneError, Reason
 from shared.internal.v1.common_pb2 import KvEndpoint, Reservation
@@ -42,6 +43,7 @@ class Engine:
         budget: Most rows of a step.
         stall_seconds: Time without progress after which a fetch is driven anew.
         observer: Takes times and counts.
+        native: Encodes blocks where it was proved for the model.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Engine:
         budget: StepBudget | None = None,
         stall_seconds: float = 20.0,
         observer: Observer | None = None,
+        native: NativeEncoder | None = None,
     ) -> None:
         self.pool = pool
         self._runner = runner
@@ -71,7 +74,7 @@ class Engine:
         )
         self.answering = Answering(pool, self.lifecycle, self._observer)
         self._local = LocalEncoding(
-            model, pool, self.lifecycle, lambda fetch, took: self.committed(fetch, encode_ms=took)
+            model, pool, self.lifecycle, lambda fetch, took: self.committed(fetch, encode_ms=took), native
         )
         self._log = logs.get("engine")
         self.steps_total = 0

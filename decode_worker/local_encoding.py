@@ -12,6 +12,7 @@ from decode_worker.pool import Pool
 from decode_worker.request import Fetch
 from shared import logs
 from shared.engine.encode import encode_block
+from shared.engine.native.encoder import NativeEncoder
 from shared.engine.served_model import ServedModel
 from shared.errors import DrystoneError, Reason
 
@@ -26,15 +27,22 @@ class LocalEncoding:
         pool: Owns the extents that are written.
         lifecycle: Fails who waited for a block that cannot be encoded.
         committed: Told of a block that is whole, with the milliseconds that it took.
+        native: Encodes where it was proved for the model.
     """
 
     def __init__(
-        self, model: ServedModel, pool: Pool, lifecycle: Lifecycle, committed: Callable[[Fetch, float], None]
+        self,
+        model: ServedModel,
+        pool: Pool,
+        lifecycle: Lifecycle,
+        committed: Callable[[Fetch, float], None],
+        native: NativeEncoder | None = None,
     ) -> None:
         self._model = model
         self._pool = pool
         self._lifecycle = lifecycle
         self._committed = committed
+        self._native = native
         self._queue: deque[Fetch] = deque()
         self._log = logs.get("local_encoding")
 
@@ -57,7 +65,7 @@ class LocalEncoding:
             extent = self._pool.arena.view(fetch.extent)
             began = time.monotonic()
             try:
-                await on_thread(partial(encode_block, self._model, list(fetch.token_ids), extent))
+                await on_thread(partial(encode_block, self._model, list(fetch.token_ids), extent, native=self._native))
             except Exception as error:  # noqa: BLE001 - whatever it was, only this block's requests fail
                 self._failed(fetch, error)
                 return True

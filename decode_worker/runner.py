@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from decode_worker.attention.base import SegmentAttention
+from decode_worker.fused import FusedDecoder
 from decode_worker.request import Request
 from decode_worker.sampling import Choice, Sampler
 from decode_worker.scheduler import StepEntry
@@ -27,16 +28,23 @@ class Runner:
         model: Used by this object's thread alone.
         attention: Reads and writes the arena, for requests of the running step alone.
         sampler: Chooses from logits.
+        fused: Runs whole steps where it can; None takes the model's own forward for all.
         trace: For the exactness gate: sees the logits of every row. None in service.
     """
 
     def __init__(
-        self, model: ServedModel, attention: SegmentAttention, sampler: Sampler, trace: LogitTrace | None = None
+        self,
+        model: ServedModel,
+        attention: SegmentAttention,
+        sampler: Sampler,
+        trace: LogitTrace | None = None,
+        fused: FusedDecoder | None = None,
     ) -> None:
         self._model = model
         self._attention = attention
         self._sampler = sampler
         self._trace = trace
+        self._fused = fused
 
     @torch.inference_mode()
     def run(self, entries: Sequence[StepEntry]) -> list[Outcome]:
@@ -45,11 +53,17 @@ class Runner:
         ends = torch.tensor([len(entry.span.token_ids) for entry in entries]).cumsum(0) - 1
         drawing = [index for index, entry in enumerate(entries) if entry.draws]
         keep = ends[drawing] if self._trace is None else torch.arange(int(ends[-1]) + 1)
-        logits = self._model.forward_logits(plan.token_ids, plan.positions, keep, self._attention.begin(plan))
+        logits = self._logits(plan, keep)
         if self._trace is not None:
             self._show(entries, logits)
             logits = logits[ends[drawing]]
         return self._choose(entries, drawing, logits)
+
+    def _logits(self, plan: StepPlan, keep: torch.Tensor) -> torch.Tensor:
+        if self._fused is not None and self._fused.takes(plan):
+            return self._fused.logits(plan, keep)
+        logits = self._model.forward_logits(plan.token_ids, plan.positions, keep, self._attention.begin(plan))
+        return logits.cpu()  # tokens are chosen on the CPU
 
     def _choose(self, entries: Sequence[StepEntry], drawing: Sequence[int], logits: torch.Tensor) -> list[Outcome]:
         """Samples of one request may draw from one row of logits."""

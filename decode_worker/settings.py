@@ -29,7 +29,7 @@ class DecodeSettings(WorkerSettings):
     kv_host: str = Field("127.0.0.1", description="Address that KV is received on, as prefill workers reach it.")
     kv_port: int = Field(0, ge=0, le=65535, description="Port that KV is received on; 0 takes a free one.")
     max_waiting: int = Field(256, ge=0, description="Requests that may wait for room before others are refused.")
-    attention: Literal["auto", "flash", "native"] = Field(
+    attention: Literal["auto", "flash", "native", "varlen", "triton"] = Field(
         "auto", description="Backend of the decode step's attention; auto takes the fastest that this machine can run."
     )
     fetch_stall_seconds: float = Field(

@@ -16,12 +16,15 @@ from prefill_worker.settings import PrefillSettings
 from prefill_worker.shipper import Shipper
 from prefill_worker.store import RamStore
 from shared.engine import served_model
+from shared.engine.native import library
+from shared.engine.native.encoder import NativeEncoder
 from shared.engine.served_model import ServedModel
 from shared.internal.v1 import prefill_pb2, worker_pb2
 from shared.internal.v1.common_pb2 import WorkerIdentity
 from shared.internal.v1.prefill_pb2_grpc import add_PrefillServicer_to_server
 from shared.internal.v1.worker_pb2_grpc import add_WorkerServicer_to_server
 from shared.metrics import Metrics
+from shared.model.catalog import cache_dir
 from shared.rpc.server import RpcServer
 from shared.rpc.worker_service import WorkerService
 from shared.runtime import cancelled
@@ -47,6 +50,8 @@ class PrefillApp:
             context_tokens=settings.context_tokens,
         )
         self.identity = WorkerIdentity(worker_id=settings.worker_id, incarnation=secrets.randbits(63) | 1)
+        kernel = library.load(cache_dir() / "kernels") if settings.native_encoder and settings.device == "cpu" else None
+        self._native = NativeEncoder.prove(self.model, kernel) if kernel is not None else None
         self.store = RamStore(settings.store_bytes)
         self.tasks: list[asyncio.Task[None]] = []
 
@@ -54,7 +59,9 @@ class PrefillApp:
         """Serves; returns addresses."""
         settings = self._settings
         shape = self.model.geometry.shape
-        self.encoder = Encoder(self.model, self.store, settings.max_queued_blocks, settings.max_unshipped_bytes)
+        self.encoder = Encoder(
+            self.model, self.store, settings.max_queued_blocks, settings.max_unshipped_bytes, self._native
+        )
         self.shipper = Shipper(self.identity, compatibility_of(self.model), shape, settings.ship_timeout_seconds)
         prefill = PrefillService(self.model, self.store, self.encoder, self.shipper, settings.default_timeout_seconds)
         self._worker = WorkerService(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from prefill_worker.store import RamStore, StoredBlock
 from shared import logs
 from shared.engine.encode import encode_block, new_extent
+from shared.engine.native.encoder import NativeEncoder
 from shared.engine.served_model import ServedModel
 from shared.errors import DrystoneError, Reason
 from shared.kv.birth import make_birth
@@ -44,9 +45,15 @@ class Encoder:
     """Encodes blocks on one thread. All state belongs to the event loop."""
 
     def __init__(
-        self, model: ServedModel, store: RamStore, max_queued: int, max_unshipped_bytes: int = 1 << 30
+        self,
+        model: ServedModel,
+        store: RamStore,
+        max_queued: int,
+        max_unshipped_bytes: int = 1 << 30,
+        native: NativeEncoder | None = None,
     ) -> None:
         self._model = model
+        self._native = native
         self._store = store
         self._max_queued = max_queued
         self._max_unshipped_bytes = max_unshipped_bytes
@@ -143,7 +150,7 @@ class Encoder:
     def _run(self, encoding: Encoding) -> StoredBlock:
         tokens = len(encoding.token_ids)
         extent = new_extent(self._model.geometry.shape, tokens)
-        encode_block(self._model, list(encoding.token_ids), extent)
+        encode_block(self._model, list(encoding.token_ids), extent, native=self._native)
         birth = make_birth(encoding.key, self._model.geometry.shape, tokens, raw_bytes(extent))
         return StoredBlock(encoding.key, encoding.token_ids, extent, birth)
 

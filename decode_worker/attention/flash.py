@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from decode_worker.arena import Arena
+from decode_worker.attention.base import OwnKv
 from decode_worker.step import Piece, StepPlan
-from decode_worker.tail import SEGMENT_TOKENS
 from shared.engine.partials import causal_partial, dense_partial, masked_partial, merge_partials
 from shared.engine.probe import LayerGeometry
 from shared.engine.rotation import Rotation
@@ -54,6 +54,7 @@ class FlashStep:
 
     def __init__(self, arena: Arena, layers: Sequence[LayerGeometry], plan: StepPlan, angles: Angles) -> None:
         self._records, self._kv_heads = arena.records, arena.shape.kv_heads
+        self._own = OwnKv(arena.records, plan, len(layers))
         self._layers = layers
         self._plan = plan
         self._angles = angles
@@ -63,8 +64,7 @@ class FlashStep:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
         """Writes the rows' own KV into their tails, then attends to blocks and tails."""
-        own = torch.cat((k[0], v[0]), dim=0).transpose(0, 1).reshape(k.shape[2], -1)
-        self._records.index_copy_(0, self._plan.slots + layer * SEGMENT_TOKENS, own)
+        self._own.write(layer, k, v)
         queries = self._stacked_queries(layer, q[0])
         heads, partials, width = queries.shape
         outs = torch.zeros(heads, partials + 1, width, dtype=torch.float32)

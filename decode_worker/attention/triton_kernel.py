@@ -3,7 +3,7 @@
     records  [slots, 2, kv_heads, head_dim]     the arena; `items` says which runs, for which rows
     q        [heads, R, head_dim]               any strides but the last; gathered and turned here
 
-    segment_partials   one program per (item, KV head)
+    segment_partials   one program per (item, KV head); for each run of the item
         q rows of the tile, turned back in float32    row m of the tile = stacked row m // G, head m % G
         ┌───────────┐   for each tile of keys:
         │ s0 h0     │     scores = q · Kᵀ             [tile_rows, tile_keys], float32
@@ -21,7 +21,8 @@ Numbers for Llama-3.1-8B in bfloat16 (32 layers, 32 heads, 8 KV heads of 128) on
     32,768 keys        134 MB a layer: 31 µs;  4.29 GB a step: 1.00 ms, the floor for all rows together
     arithmetic         4 operations a byte for each stacked row: memory bounds up to about 50 rows
     tiles of 16 rows   one row of 4 heads wastes 12 of 16 lines: still 16 operations a byte
-    partials           16.5 KB written and read again for each row and split: 32 splits cost 0.8 %
+    partials           16.5 KB written and read again for each row and item: 64 rows over 200 blocks
+                       would move three times the keys' bytes; joined into items of 2,000 keys, a quarter
     angles             2 · 512 B for each distinct offset, made once a step in float64
 
 The kernel reads each tile of 64 keys of one KV head as 64 runs of 256 B, 4 KiB apart; programs of
@@ -35,9 +36,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from decode_worker.attention.triton_plan import ITEM_FIELDS
+from decode_worker.attention.triton_plan import ITEM_FIELDS, RUN_FIELDS
 
 _ITEM_FIELDS = tl.constexpr(ITEM_FIELDS)
+_RUN_FIELDS = tl.constexpr(RUN_FIELDS)
 # Decided when triton was imported: its own library functions are interpreted or compiled for good.
 INTERPRETED = not isinstance(tl.max, triton.JITFunction)
 
@@ -49,6 +51,7 @@ def segment_partials(  # noqa: PLR0915 - one kernel is one loop with what it car
     cosines,
     sines,
     items,
+    runs,
     rows,
     turns,
     limits,
@@ -78,7 +81,8 @@ def segment_partials(  # noqa: PLR0915 - one kernel is one loop with what it car
         q: Queries of the step after the model's RoPE.
         cosines: float32 [turns, ROTARY_DIM]; `sines` likewise, signed for the rotation's direction.
         sines: See `cosines`.
-        items: Tables of the step, int32; see `triton_plan`. So are `rows`, `turns`, `limits` and `reaches`.
+        items: Tables of the step, int32; see `triton_plan`. So are those up to `reaches`.
+        runs: See `items`.
         rows: See `items`.
         turns: See `items`.
         limits: See `items`.
@@ -104,14 +108,13 @@ def segment_partials(  # noqa: PLR0915 - one kernel is one loop with what it car
     program = tl.program_id(0)
     kv_head = program % KV_HEADS
     item = items + program // KV_HEADS * _ITEM_FIELDS
-    count = tl.load(item + 5)
+    count = tl.load(item + 3)
     if count == 0:
         return
-    first = tl.load(item).to(tl.int64) + layer * tl.load(item + 1).to(tl.int64)
-    begin = tl.load(item + 2)
-    end = tl.load(item + 3)
-    stacked_first = tl.load(item + 4)
-    partial_first = tl.load(item + 6)
+    run_begin = tl.load(item)
+    run_end = tl.load(item + 1)
+    row_first = tl.load(item + 2)
+    partial_first = tl.load(item + 4)
 
     lines = tl.arange(0, TILE_ROWS)
     columns = tl.arange(0, BLOCK_DIM)
@@ -119,54 +122,59 @@ def segment_partials(  # noqa: PLR0915 - one kernel is one loop with what it car
     # Lines past the last whole row of a tile count as rows past the item's last one.
     alive = row_of_item < count
     head = kv_head * GROUP + lines % GROUP
-    stacked = stacked_first + row_of_item
-    # A tile that begins where the window does may reach past the item's end, into keys of the next split.
-    limit = tl.minimum(tl.load(limits + stacked, mask=alive, other=0), end)
-    end = tl.max(limit, axis=0)
-    lowest = tl.zeros([TILE_ROWS], tl.int32)
-    if WINDOWED:
-        lowest = tl.load(reaches + stacked, mask=alive, other=0) - window + 1
-        begin = tl.maximum(begin, tl.min(tl.where(alive, lowest, end), axis=0))
-
     within = (columns < HEAD_DIM)[None, :]
-    query_row = tl.load(rows + stacked, mask=alive, other=0).to(tl.int64)
-    query_at = q + query_row * q_row_stride + head.to(tl.int64) * q_head_stride
-    query = tl.load(query_at[:, None] + columns[None, :], mask=alive[:, None] & within, other=0.0)
-    if ROTARY_DIM > 0:
-        turn = tl.load(turns + stacked, mask=alive, other=0)
-        query = _turned(query, query_at, turn, alive, columns, cosines, sines, ROTARY_DIM, INTERLEAVED)
-    if FLOAT32_DOT:
-        query = query.to(tl.float32)
-
     peak = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_ROWS], tl.float32)
     out = tl.zeros([TILE_ROWS, BLOCK_DIM], tl.float32)
-    keys_at = records + first * (2 * KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM
-    for start in range(begin, end, TILE_KEYS):
-        key = start + tl.arange(0, TILE_KEYS)
-        tile_at = keys_at + key.to(tl.int64)[:, None] * (2 * KV_HEADS * HEAD_DIM) + columns[None, :]
-        tile_mask = (key < end)[:, None] & within
-        keys = tl.load(tile_at, mask=tile_mask, other=0.0)
-        if FLOAT32_DOT:
-            keys = keys.to(tl.float32)
-        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale_log2
-        visible = key[None, :] < limit[:, None]
+    for run in range(run_begin, run_end):
+        run_at = runs + run * _RUN_FIELDS
+        first = tl.load(run_at).to(tl.int64) + layer * tl.load(run_at + 1).to(tl.int64)
+        begin = tl.load(run_at + 2)
+        end = tl.load(run_at + 3)
+        stacked = tl.load(run_at + 4) + row_first + row_of_item
+        # The loop's bounds come from the run alone, so that its first loads wait for nothing else. A tile that begins
+        # where the window does may reach past the run's end, into keys of the next one.
+        limit = tl.minimum(tl.load(limits + stacked, mask=alive, other=0), end)
+        lowest = tl.zeros([TILE_ROWS], tl.int32)
         if WINDOWED:
-            visible = visible & (key[None, :] >= lowest[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, axis=1))
-        # A row that has seen nothing yet stays at -inf; it must not become -inf minus -inf.
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - shift[:, None])
-        shrink = tl.exp2(peak - shift)
-        total = total * shrink + tl.sum(weights, axis=1)
-        values = tl.load(tile_at + KV_HEADS * HEAD_DIM, mask=tile_mask, other=0.0)
-        weights = weights.to(values.dtype)
+            lowest = tl.load(reaches + stacked, mask=alive, other=0) - window + 1
+            begin = tl.maximum(begin, tl.min(tl.where(alive, lowest, end), axis=0))
+        # Read anew for each run, though they are the same rows: kept, they would push `out` out of the registers.
+        query_row = tl.load(rows + stacked, mask=alive, other=0).to(tl.int64)
+        query_at = q + query_row * q_row_stride + head.to(tl.int64) * q_head_stride
+        query = tl.load(query_at[:, None] + columns[None, :], mask=alive[:, None] & within, other=0.0)
+        if ROTARY_DIM > 0:
+            turn = tl.load(turns + stacked, mask=alive, other=0)
+            query = _turned(query, query_at, turn, alive, columns, cosines, sines, ROTARY_DIM, INTERLEAVED)
         if FLOAT32_DOT:
-            weights = weights.to(tl.float32)
-            values = values.to(tl.float32)
-        out = tl.dot(weights, values, out * shrink[:, None], input_precision="ieee")
-        peak = higher
+            query = query.to(tl.float32)
+
+        keys_at = records + first * (2 * KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM
+        for start in range(begin, end, TILE_KEYS):
+            key = start + tl.arange(0, TILE_KEYS)
+            tile_at = keys_at + key.to(tl.int64)[:, None] * (2 * KV_HEADS * HEAD_DIM) + columns[None, :]
+            tile_mask = (key < end)[:, None] & within
+            keys = tl.load(tile_at, mask=tile_mask, other=0.0)
+            if FLOAT32_DOT:
+                keys = keys.to(tl.float32)
+            scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale_log2
+            visible = key[None, :] < limit[:, None]
+            if WINDOWED:
+                visible = visible & (key[None, :] >= lowest[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+            higher = tl.maximum(peak, tl.max(scores, axis=1))
+            # A row that has seen nothing yet stays at -inf; it must not become -inf minus -inf.
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+            weights = tl.exp2(scores - shift[:, None])
+            shrink = tl.exp2(peak - shift)
+            total = total * shrink + tl.sum(weights, axis=1)
+            values = tl.load(tile_at + KV_HEADS * HEAD_DIM, mask=tile_mask, other=0.0)
+            weights = weights.to(values.dtype)
+            if FLOAT32_DOT:
+                weights = weights.to(tl.float32)
+                values = values.to(tl.float32)
+            out = tl.dot(weights, values, out * shrink[:, None], input_precision="ieee")
+            peak = higher
 
     seen = total > 0.0
     whole = tl.where(seen, total, 1.0)

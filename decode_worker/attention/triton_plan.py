@@ -1,17 +1,22 @@
-"""What the segment kernel is told of a step: pieces cut into work items, rows and partials numbered.
+"""What the segment kernel is told of a step: pieces joined and cut into work items, rows and partials numbered.
 
-A **piece** is one run of keys and the stacked rows that attend to it. An **item** is what one program
-of the kernel does per KV head: some of a piece's keys for as many of its rows as fit one tile. A
-**partial** is what an item leaves for one row; a row's partials are merged afterwards.
+Pieces that the same rows read are laid end to end, and the whole is cut into **items** of about equal
+length: what one program of the kernel does per KV head, for as many rows as fit one tile. An item's part of
+one piece is a **run**. A **partial** is what an item leaves for one row; a row's partials are merged
+afterwards. Joined pieces are what keeps partials few where blocks are short and rows many.
 
-    piece, 5 rows, 700 keys                  items with tiles of 4 rows, splits of at most 256 keys
-            keys 0 ....................700          0..256     256..512    512..700
-    rows 0-3 ┌────────────────────────┐      rows 0-3 │ item 0  │  item 2   │ item 4 │
-    row  4   └────────────────────────┘      row  4   │ item 1  │  item 3   │ item 5 │
+    three pieces that the same 5 rows read, tiles of 4 rows and of 64 keys
+
+             a: 300 keys     b: 420 keys              c: 160
+    rows    ├───────────────┼──────────╎─────────────┼────────┤
+    0-3     │          item 0          ╎        item 2        │      runs of items 0 and 1: a 0..300, b 0..128
+    4       │          item 1          ╎        item 3        │      runs of items 2 and 3: b 128..420, c 0..160
+            └──────────────────────────╎──────────────────────┘
 
 Everything is one int32 buffer, so that a step costs one copy to the device:
 
-    items    [items, 8]   first, layer_stride, key_begin, key_end, stacked_first, rows, partial_first, 0
+    items    [items, 5]   first run, run past the last, first row of the tile, rows, first partial
+    runs     [runs, 5]    first, stride, key begin, key end, first stacked row of the piece
     rows     [stacked]    query row
     turns    [stacked]    line of the angle tables; line 0 does not turn
     limits   [stacked]    keys before this one are visible: causality, and the end of the piece
@@ -35,55 +40,12 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-ITEM_FIELDS = 8
+from decode_worker.attention.triton_cut import Ints, StepTooLargeError, Tiling, cut_items
+from decode_worker.step import Piece
+
+ITEM_FIELDS = 5
+RUN_FIELDS = 5
 _ALIGN = 4
-Ints = npt.NDArray[np.int64]
-
-
-class StepTooLargeError(ValueError):
-    """A step needs more than the workspace or the captured launch holds; says what and how much."""
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentPiece:
-    """A run of adjacent records in every layer, and the rows that attend to it.
-
-    Attributes:
-        first: Record of its first key in layer 0.
-        layer_stride: Records from one layer to the next.
-        keys: Written keys in the run.
-        rows: Query rows of the step; one occurs again for every place at which its prompt lays the block.
-        bases: Global position of the first key, for each row.
-        local: Keys are rotated at 0..keys-1, so that a row turns back by its base; else at global positions.
-    """
-
-    first: int
-    layer_stride: int
-    keys: int
-    rows: Sequence[int]
-    bases: Sequence[int]
-    local: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """How a launch is cut; equal tilings share one compiled kernel.
-
-    Attributes:
-        tile_rows: Query heads times stacked rows of a tile, at least 16.
-        tile_keys: Keys read at a time.
-        programs: Programs that should run at once, over all KV heads; what splits aim at.
-        min_keys: Keys below which a piece is not split further: a partial costs as much as a few dozen keys.
-        warps: Warps of a program.
-        stages: Depth of the software pipeline.
-    """
-
-    tile_rows: int
-    tile_keys: int
-    programs: int
-    min_keys: int = 256
-    warps: int = 4
-    stages: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +54,16 @@ class Counts:
 
     rows: int
     stacked: int
+    runs: int
     items: int
     partials: int
     turns: int
+
+    @classmethod
+    def most(cls, *, rows: int, stacked: int, partials: int) -> Counts:
+        """Counts that hold every step of so many rows, stacked rows and partials."""
+        # An item has a partial of its own, a piece a stacked row; a run begins where a piece or an item does.
+        return cls(rows, stacked, stacked + partials, partials, partials, stacked + 1)
 
     def holds(self, other: Counts) -> bool:
         """True when tables of these counts have room for those of `other`."""
@@ -106,6 +75,7 @@ class Sections:
     """Where each table begins in the buffer, in int32 elements; follows from the counts."""
 
     items: int
+    runs: int
     rows: int
     turns: int
     limits: int
@@ -118,17 +88,19 @@ class Sections:
     @classmethod
     def of(cls, counts: Counts) -> Sections:
         """The sections of tables with these counts."""
-        sizes = [counts.items * ITEM_FIELDS, *[counts.stacked] * 4, counts.turns, counts.rows + 1, counts.partials]
+        sizes = [counts.items * ITEM_FIELDS, counts.runs * RUN_FIELDS, *[counts.stacked] * 4]
+        sizes += [counts.turns, counts.rows + 1, counts.partials]
         padded = [-(-size // _ALIGN) * _ALIGN for size in sizes]
         return cls(*(int(start) for start in np.cumsum([0, *padded])))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StepPlan:
+class StepTables:
     """The tables of a step, unpadded."""
 
     counts: Counts
     items: Ints
+    runs: Ints
     rows: Ints
     turns: Ints
     limits: Ints
@@ -151,16 +123,16 @@ class StepPlan:
         into[sections.offsets + self.offsets.size : end] = self.counts.partials
 
 
-def plan_step(
-    pieces: Sequence[SegmentPiece],
-    positions: Sequence[int],
+def plan_tables(
+    pieces: Sequence[Piece],
+    positions: Sequence[int] | Ints,
     tiling: Tiling,
     *,
     heads: int,
     kv_heads: int,
     partials: int,
-) -> StepPlan:
-    """Numbers a step's stacked rows, items and partials.
+) -> StepTables:
+    """Numbers a step's stacked rows, runs, items and partials.
 
     Args:
         pieces: In any order; stacked rows are numbered in it.
@@ -168,7 +140,10 @@ def plan_step(
         tiling: How to cut.
         heads: Query heads.
         kv_heads: KV heads; each item is done once for each.
-        partials: Most partials there is room for; splits are made longer to stay within it.
+        partials: Most partials there is room for; items are made longer to stay within it.
+
+    Raises:
+        StepTooLargeError: Even with the longest items there are more partials than that.
     """
     keys, counts, firsts, strides = (
         np.fromiter(values, np.int64, len(pieces))
@@ -176,61 +151,60 @@ def plan_step(
             (piece.keys for piece in pieces),
             (len(piece.rows) for piece in pieces),
             (piece.first for piece in pieces),
-            (piece.layer_stride for piece in pieces),
+            (piece.stride for piece in pieces),
         )
     )
     stacked = int(counts.sum())
+    stacked_first = np.cumsum(counts) - counts
     rows = np.fromiter(chain.from_iterable(piece.rows for piece in pieces), np.int64, stacked)
     bases = np.fromiter(chain.from_iterable(piece.bases for piece in pieces), np.int64, stacked)
     local = np.repeat(np.fromiter((piece.local for piece in pieces), bool, len(pieces)), counts)
     reaches = np.asarray(positions, np.int64)[rows] - bases
     limits = np.clip(reaches + 1, 0, np.repeat(keys, counts))
-    deltas, turns = np.unique(np.concatenate(([0], np.where(local, -bases, 0))), return_inverse=True)
-    # Line 0 is the one that does not turn, whatever sorts before it.
+    deltas, turns = _turns(np.where(local, -bases, 0))
+
+    joined = _joined(rows, stacked_first, counts) if tiling.join else np.arange(len(pieces))
+    # Pieces in the order in which they are laid end to end; `starts` in tiles of keys over all of them.
+    order = np.argsort(joined, kind="stable")
+    tiles = -(-keys // tiling.tile_keys)
+    starts = np.cumsum(tiles[order]) - tiles[order]
+    leads = np.flatnonzero(np.diff(joined[order], prepend=-1))
+    lengths = np.add.reduceat(tiles[order], leads) if len(leads) else tiles
+    cut = cut_items(
+        lengths, counts[order[leads]], tiling, group=heads // kv_heads, kv_heads=kv_heads, partials=partials
+    )
+    of, begin, end, row, taken = cut
+    begin, end = starts[leads][of] + begin, starts[leads][of] + end
+    edges = np.union1d(starts, begin)
+    within = np.searchsorted(starts, edges, side="right") - 1
+    piece, past = order[within], np.append(edges, tiles.sum())[1:]
+    key_begin = (edges - starts[within]) * tiling.tile_keys
+    key_end = np.minimum((past - starts[within]) * tiling.tile_keys, keys[piece])
+    runs = np.stack((firsts[piece], strides[piece], key_begin, key_end, stacked_first[piece]), axis=1)
+    partial_first = np.cumsum(taken) - taken
+    run_begin, run_end = np.searchsorted(edges, begin), np.searchsorted(edges, end)
+    items = np.stack((run_begin, run_end, row, taken, partial_first), axis=1)
+
+    total = int(taken.sum())
+    first_row = stacked_first[order[leads]][of] + row
+    row_of = rows[np.arange(total) + np.repeat(first_row - partial_first, taken)]
+    offsets = np.concatenate(([0], np.cumsum(np.bincount(row_of, minlength=len(positions)))))
+    members = np.argsort(row_of, kind="stable")
+    sizes = Counts(len(positions), stacked, len(runs), len(items), total, len(deltas))
+    return StepTables(sizes, items, runs, rows, turns, limits, reaches, deltas, offsets, members)
+
+
+def _turns(by: Ints) -> tuple[Ints, Ints]:
+    """Distinct turns, and each stacked row's line among them. Line 0 does not turn, whatever sorts before it."""
+    deltas, turns = np.unique(np.concatenate(([0], by)), return_inverse=True)
     still = int(turns[0])
     deltas[[0, still]] = deltas[[still, 0]]
-    turns = np.where(turns == still, 0, np.where(turns == 0, still, turns))[1:]
-
-    cut = cut_items(keys, counts, tiling, group=heads // kv_heads, kv_heads=kv_heads, partials=partials)
-    piece, begin, end, row, taken = cut
-    partial_first = np.cumsum(taken) - taken
-    stacked_first = (np.cumsum(counts) - counts)[piece] + row
-    items = np.stack(
-        (firsts[piece], strides[piece], begin, end, stacked_first, taken, partial_first, np.zeros_like(taken)), axis=1
-    )
-    total = int(taken.sum())
-    row_of = rows[np.arange(total) + np.repeat(stacked_first - partial_first, taken)]
-    offsets = np.concatenate(([0], np.cumsum(np.bincount(row_of, minlength=len(positions)))))
-    sizes = Counts(rows=len(positions), stacked=stacked, items=len(items), partials=total, turns=len(deltas))
-    members = np.argsort(row_of, kind="stable")
-    return StepPlan(sizes, items, rows, turns, limits, reaches, deltas, offsets, members)
+    return deltas, np.where(turns == still, 0, np.where(turns == 0, still, turns))[1:]
 
 
-def cut_items(
-    keys: Ints, counts: Ints, tiling: Tiling, *, group: int, kv_heads: int, partials: int
-) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    """Cuts pieces into items: piece, key begin, key end, first row of the piece, rows; longest first.
-
-    Pieces of `keys[i]` keys and `counts[i]` rows. Splits of a piece differ by at most one tile of keys,
-    and aim at the length at which `tiling.programs` programs have about equal shares of all keys. Programs
-    start in order, so longest first leaves the short ones to fill the end of the wave; row tiles that
-    read the same keys are adjacent, so that the cache serves all but the first.
-    """
-    if (needed := int(counts.sum())) > partials:
-        raise StepTooLargeError(f"step has {needed} stacked rows, room is for {partials} partials")
-    tile = tiling.tile_rows // group
-    tiles, blocks = -(-counts // tile), -(-keys // tiling.tile_keys)
-    share = max(-(-int((tiles * blocks).sum()) * kv_heads // tiling.programs), tiling.min_keys // tiling.tile_keys, 1)
-    splits = -(-blocks // share)
-    while int((counts * splits).sum()) > partials:
-        share *= 2
-        splits = -(-blocks // share)
-    of_piece = tiles * splits
-    piece = np.repeat(np.arange(len(keys)), of_piece)
-    index = np.arange(len(piece)) - np.repeat(np.cumsum(of_piece) - of_piece, of_piece)
-    split, row = index // tiles[piece], index % tiles[piece] * tile
-    begin = split * blocks[piece] // splits[piece] * tiling.tile_keys
-    end = np.minimum((split + 1) * blocks[piece] // splits[piece] * tiling.tile_keys, keys[piece])
-    taken = np.minimum(counts[piece] - row, tile)
-    order = np.argsort(begin - end, kind="stable")
-    return piece[order], begin[order], end[order], row[order], taken[order]
+def _joined(rows: Ints, stacked_first: Ints, counts: Ints) -> Ints:
+    """Number of the stretch that each piece belongs to: one for all pieces that the same rows read."""
+    numbers: dict[bytes, int] = {}
+    ends = stacked_first + counts
+    spans = zip(stacked_first, ends, strict=True)
+    return np.array([numbers.setdefault(rows[a:b].tobytes(), len(numbers)) for a, b in spans], np.int64)

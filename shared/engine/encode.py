@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 
-from shared.engine.partials import causal_partial, dense_partial, masked_partial, merge_partials
+from shared.engine.partials import causal_partial, causal_runs, dense_partial, masked_partial, merge_partials
 from shared.engine.served_model import ServedModel
 from shared.kv.layout import KvShape
 
+if TYPE_CHECKING:
+    from shared.engine.native.encoder import NativeEncoder
+
 CHUNK_TOKENS = 512
+# Rows of a forward over several blocks: enough to fill a large GPU, few enough to bound activations.
+PACK_TOKENS = 8192
+# A block's token ids and its extent.
+Block = tuple[Sequence[int], torch.Tensor]
 
 
 def new_extent(shape: KvShape, tokens: int) -> torch.Tensor:
@@ -19,26 +29,114 @@ def new_extent(shape: KvShape, tokens: int) -> torch.Tensor:
 
 
 def encode_block(
-    model: ServedModel, token_ids: list[int], extent: torch.Tensor, chunk_tokens: int = CHUNK_TOKENS
+    model: ServedModel,
+    token_ids: list[int],
+    extent: torch.Tensor,
+    chunk_tokens: int = CHUNK_TOKENS,
+    native: NativeEncoder | None = None,
 ) -> None:
     """Fills `extent` with the KV of `token_ids` at positions 0..n-1, in causal chunks of `chunk_tokens`.
 
     Args:
         model: The model; the caller's thread must own it.
         token_ids: The block's tokens, n of them.
-        extent: [layers, n, 2, kv_heads, head_dim], written whole.
+        extent: [layers, n, 2, kv_heads, head_dim], written whole. Where it lies on another device than the model,
+            the KV is made beside the model and copied over at the end.
         chunk_tokens: Rows of one forward pass; bounds activations, not the result.
+        native: Computes the chunks instead of transformers' forward, where it was proved for this model.
 
     Raises:
         ArithmeticError: The KV holds infinities or NaN; served, they would spoil every later answer.
     """
     ids = torch.tensor(token_ids, device=model.device)
+    made = extent if extent.device == model.device else torch.empty_like(extent, device=model.device)
     for start in range(0, len(token_ids), chunk_tokens):
         end = min(start + chunk_tokens, len(token_ids))
+        if native is not None:
+            native.encode_chunk(ids[start:end], start, made)
+            continue
         positions = torch.arange(start, end, device=model.device)
-        model.forward_kv(ids[start:end], positions, _ChunkContext(extent, start, end))
-    if not bool(torch.isfinite(extent).all()):
+        model.forward_kv(ids[start:end], positions, _ChunkContext(made, start, end))
+    if not bool(torch.isfinite(made).all()):
         raise ArithmeticError(f"the KV of a block of {len(token_ids)} tokens is not finite in {extent.dtype}")
+    if made is not extent:
+        extent.copy_(made)
+
+
+def encode_blocks(
+    model: ServedModel, blocks: Sequence[Block], pack_tokens: int = PACK_TOKENS
+) -> list[ArithmeticError | None]:
+    """Fills the extents of several blocks; on CUDA in half precision, many in one forward.
+
+    A short block leaves a GPU idle while Python launches the next layer; packed, launches are shared. On a CPU
+    blocks are encoded one by one, which is faster there (docs/measurements.md).
+
+    Args:
+        model: The model; the caller's thread must own it.
+        blocks: Token ids and extents, as `encode_block` takes them.
+        pack_tokens: Most rows of one forward; a longer block is encoded alone, in chunks.
+
+    Returns:
+        For each block None, or why its KV cannot be served.
+    """
+    errors: list[ArithmeticError | None] = [None] * len(blocks)
+    packs = model.device.type == "cuda" and model.dtype != torch.float32
+    for pack in _packs(blocks, pack_tokens if packs else 0):
+        if len(pack) > 1 and _encode_pack(model, [blocks[index] for index in pack]):
+            continue
+        for index in pack:
+            ids, extent = blocks[index]
+            try:
+                encode_block(model, list(ids), extent)
+            except ArithmeticError as error:
+                errors[index] = error
+    return errors
+
+
+def _packs(blocks: Sequence[Block], tokens: int) -> Iterator[list[int]]:
+    """Indexes of blocks that share a forward."""
+    pack: list[int] = []
+    rows = 0
+    for index, (ids, _) in enumerate(blocks):
+        if pack and rows + len(ids) > tokens:
+            yield pack
+            pack, rows = [], 0
+        pack.append(index)
+        rows += len(ids)
+    if pack:
+        yield pack
+
+
+def _encode_pack(model: ServedModel, blocks: Sequence[Block]) -> bool:
+    """Encodes blocks together; False, with nothing written, when any of the KV is not finite."""
+    bounds = [0, *accumulate(len(ids) for ids, _ in blocks)]
+    extent = blocks[0][1]
+    made = torch.empty(len(extent), bounds[-1], *extent.shape[2:], dtype=extent.dtype, device=model.device)
+    ids = torch.tensor([token for ids, _ in blocks for token in ids], device=model.device)
+    positions = torch.cat([torch.arange(len(ids)) for ids, _ in blocks]).to(model.device)
+    starts = torch.tensor(bounds, dtype=torch.int32, device=model.device)
+    model.forward_kv(ids, positions, _PackContext(made, starts))
+    if not bool(torch.isfinite(made).all()):
+        return False
+    for (_, into), start, end in zip(blocks, bounds, bounds[1:], strict=False):
+        into.copy_(made[:, start:end])
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class _PackContext:
+    """Rows of several blocks, end to end: each sees its own block, causally."""
+
+    made: torch.Tensor
+    bounds: torch.Tensor
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        rows = self.made[layer]
+        rows[:, 0] = k[0].transpose(0, 1)
+        rows[:, 1] = v[0].transpose(0, 1)
+        return causal_runs(q[0], rows[:, 0], rows[:, 1], self.bounds, scale, window).transpose(0, 1)[None]
 
 
 @dataclass(frozen=True, slots=True)

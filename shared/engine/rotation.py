@@ -46,12 +46,12 @@ class Rotation:
         return hashlib.blake2b(self.kind.value.encode() + b"\0" + raw, digest_size=32).digest()
 
     def tables(self, deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines for moving by `deltas` positions (int64 [n]); float32 [n, rotary_dim].
+        """Cosines and sines for moving by `deltas` positions (int64 [n]); float32 [n, rotary_dim] on their device.
 
         Angles are formed in float64: at long offsets float32 angles would round more than the
         model's own do.
         """
-        angles = deltas.to(torch.float64)[:, None] * self.inv_freq.to(torch.float64)
+        angles = deltas.to(torch.float64)[:, None] * self.inv_freq.to(deltas.device, torch.float64)
         if self.kind is RotationKind.HALF_NEGATIVE:
             angles = -angles
         if self.kind is RotationKind.INTERLEAVED:

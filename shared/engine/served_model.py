@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from shared import logs
 from shared.engine import seam
+from shared.engine.loading import Progress, read_ahead
 from shared.engine.probe import ModelGeometry, ProbeError, probe
 from shared.engine.seam import AttentionContext
 from shared.kv.keys import KeySpace
 from shared.kv.layout import LAYOUT_VERSION
 from shared.model.catalog import ModelError
 from shared.model.fingerprint import fingerprint
+
+_PROGRESS_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,22 +79,35 @@ class ServedModel:
             context: Takes each layer's KV.
         """
         body = getattr(self.module, self.module.base_model_prefix)
-        body(token_ids[None], position_ids=positions[None], use_cache=False, drystone=context)
+        ids, places = (t.to(self.device, non_blocking=True)[None] for t in (token_ids, positions))
+        body(ids, position_ids=places, use_cache=False, drystone=context)
 
     @torch.inference_mode()
     def forward_logits(
         self, token_ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor, context: AttentionContext
     ) -> torch.Tensor:
-        """Runs the model and returns logits float32 [len(keep), vocab] of the rows `keep` (int64)."""
+        """Runs the model and returns logits float32 [len(keep), vocab] of the rows `keep` (int64), on its device."""
+        ids, places, rows = (t.to(self.device, non_blocking=True) for t in (token_ids, positions, keep))
         output = self.module(
-            token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep, drystone=context
+            ids[None], position_ids=places[None], use_cache=False, logits_to_keep=rows, drystone=context
         )
         logits: torch.Tensor = output.logits[0]
         return logits.to(torch.float32)
 
 
-def load(folder: Path, *, name: str, dtype: str, device: str = "cpu", context_tokens: int | None = None) -> ServedModel:
+def load(
+    folder: Path,
+    *,
+    name: str,
+    dtype: str,
+    device: str = "cpu",
+    context_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> ServedModel:
     """Loads and proves a model.
+
+    Weights that are stored in `dtype` stay mapped to their files: processes of one machine share the page cache.
+    Others are converted into this process's own memory.
 
     Args:
         folder: Local Hugging Face folder with safetensors.
@@ -97,13 +115,13 @@ def load(folder: Path, *, name: str, dtype: str, device: str = "cpu", context_to
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: torch device.
         context_tokens: Served context; None takes the model's own, and more than that is refused.
+        progress: Called with the fraction done, from 0 to 1, never falling.
 
     Raises:
-        ModelError: Block attention cannot be proved exact for it.
+        ModelError: Block attention cannot be proved exact for it, or its files cannot be read.
         ValueError: Unknown dtype or context.
     """
-    if device != "cpu":
-        raise ValueError(f"device: {device!r} is not served by this version; it runs on cpu")
+    _check_device(device)
     seam.register()
     chosen = choose_dtype(dtype, device)
     config = AutoConfig.from_pretrained(folder)
@@ -111,6 +129,10 @@ def load(folder: Path, *, name: str, dtype: str, device: str = "cpu", context_to
     context = context_tokens or limit
     if context > limit:
         raise ValueError(f"context_tokens: {context} is more than the model's {limit}")
+    log, began = logs.get("model"), time.monotonic()
+    tell = progress or _logged(log)
+    log.info("loading_model", model=name, dtype=chosen)
+    size = _read_weights(folder, tell)
     transformers_logging.disable_progress_bar()  # workers log; they have no terminal
     module = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, chosen), attn_implementation=seam.NAME, use_safetensors=True
@@ -120,7 +142,41 @@ def load(folder: Path, *, name: str, dtype: str, device: str = "cpu", context_to
         geometry = probe(module, dtype=chosen, context_tokens=context)
     except ProbeError as error:
         raise ModelError(f"{name} cannot be served with block attention: {error}") from error
-    return ServedModel(name, folder, module, geometry, fingerprint(folder), context, eos_token_ids(module, folder))
+    model = ServedModel(name, folder, module, geometry, fingerprint(folder), context, eos_token_ids(module, folder))
+    tell(1.0)
+    log.info("model_loaded", model=name, bytes=size, seconds=round(time.monotonic() - began, 1))
+    return model
+
+
+def _read_weights(folder: Path, progress: Progress) -> int:
+    try:
+        return read_ahead(sorted(folder.glob("*.safetensors")), progress)
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be read: {error}") from error
+
+
+def _logged(log: logs.Logger) -> Progress:
+    """Progress as a log line every few seconds."""
+    told = time.monotonic()
+
+    def tell(fraction: float) -> None:
+        nonlocal told
+        if time.monotonic() - told > _PROGRESS_SECONDS:
+            told = time.monotonic()
+            log.info("loading_model", percent=round(100 * fraction))
+
+    return tell
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device: {device!r} is not a torch device") from error
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device: {device!r} is not served; it is cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {device!r}: this torch sees no GPU")
 
 
 def choose_dtype(dtype: str, device: str) -> str:

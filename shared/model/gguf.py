@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.file_lock import exclusive
 from shared.model import ModelError
 from shared.model.gguf_positions import ROPE_TENSORS, check_carried, rope_scaling
 
@@ -61,7 +62,7 @@ def converted_folder(gguf: Path, models: Path, name: str, announce: Callable[[st
     if is_converted(target):
         return target
     models.mkdir(parents=True, exist_ok=True)
-    with _exclusive(models / f".{target.name}.lock", announce):
+    with exclusive(models / f".{target.name}.lock", announce, "converts this model"):
         if is_converted(target):
             return target
         announce(f"converting {gguf.name} to safetensors (about 20 s, once)")
@@ -187,17 +188,3 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _exclusive(lock: Path, announce: Callable[[str], None]) -> Iterator[None]:
-    """Holds a file lock, which the system frees when its holder exits in whatever way."""
-    import fcntl
-
-    with lock.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            announce("waiting for another process that converts this model")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

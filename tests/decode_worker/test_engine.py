@@ -166,7 +166,7 @@ async def test_a_block_that_cannot_be_encoded_fails_who_waits_for_it(
         one, first = run.submit([block(1)])
         other, second = run.submit([block(1), block(2)])
         third, unharmed = run.submit()
-        monkeypatch.setattr(module, "encode_block", lambda *_: 1 / 0)
+        monkeypatch.setattr(module, "encode_block", lambda *_, **__: 1 / 0)
         run.engine.encode_here(one, reservations(first))
         await run.ended(one, other, third)
         assert {sink[-1].failed.reason for sink in (first, second)} == {Reason.BLOCK_UNAVAILABLE}

@@ -79,7 +79,7 @@ async def test_encoding_here_does_not_hold_up_those_who_generate(
     async with driven(model, tokens=4000) as run:
         order: list[str] = []
         encode, step = module.encode_block, run.runner.run
-        monkeypatch.setattr(module, "encode_block", lambda *a: (order.append("encode"), encode(*a))[1])
+        monkeypatch.setattr(module, "encode_block", lambda *a, **k: (order.append("encode"), encode(*a, **k))[1])
         monkeypatch.setattr(run.runner, "run", lambda entries: (order.append("step"), step(entries))[1])
         talker, _ = run.submit(max_new_tokens=30)
         waiter, sink = run.submit([block(number) for number in range(1, 9)])

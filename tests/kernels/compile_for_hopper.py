@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from decode_worker.attention import triton_kernel
-from decode_worker.attention.triton_segments import choose_tiling, padded_dim
+from decode_worker.attention.triton_cut import choose_tiling, padded_dim
 
 _HOPPER = GPUTarget("cuda", 90, 32)
 _DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -36,7 +36,6 @@ def main() -> None:
         ("fp16", 64, 4, {"INTERLEAVED": True, "ROTARY_DIM": 32}),
         ("bf16", 256, 256, {}),
         ("fp32", 128, 1, {}),
-        ("fp32", 128, 256, {}),
     ]
     for dtype, head_dim, rows, constants in variants:
         _report(f"{dtype} {head_dim} rows={rows}", *_segments(dtype, head_dim, rows, constants))
@@ -51,7 +50,7 @@ def _segments(
     tiling = choose_tiling(4, head_dim, 4 if dtype == "fp32" else 2, rows, processors=132)
     pointers = dict.fromkeys(("records", "q"), f"*{dtype}")
     pointers |= dict.fromkeys(("cosines", "sines", "outs", "lses"), "*fp32")
-    pointers |= dict.fromkeys(("items", "rows", "turns", "limits", "reaches"), "*i32")
+    pointers |= dict.fromkeys(("items", "runs", "rows", "turns", "limits", "reaches"), "*i32")
     scalars = dict.fromkeys(("layer", "window", "q_head_stride", "q_row_stride"), "i32") | {"scale_log2": "fp32"}
     sizes: dict[str, Any] = {
         "KV_HEADS": _KV_HEADS,

@@ -1,180 +1,248 @@
-"""Times the segment kernel at Llama-3.1-8B shapes on a GPU, after checking it there; prints one table.
+"""Checks the backends on a GPU, then times them at the shapes of served models; prints tables.
 
 `python -m tests.kernels.measure_on_gpu` on the GPU. `TRITON_INTERPRET=1 ... --tiny` is a dry run of the
-same code on a CPU, whose times mean nothing.
+same code on a CPU, whose times mean nothing. `--tilings` times the kernel's other tilings as well.
 
 All layers are timed in one captured graph, so that a layer's keys are never in the cache from before.
-The floor is every key's bytes once over the bandwidth of a plain copy measured here.
+Bytes are every key's and value's, once, whoever reads them: `share` is of 4.8 TB/s, `of copy` of the
+bandwidth that a plain copy has here.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from statistics import median
 
+import numpy as np
 import torch
 
-from decode_worker.attention.triton_plan import SegmentPiece, Tiling
-from decode_worker.attention.triton_segments import Limits, TritonSegmentAttention
+from decode_worker.attention.base import SegmentAttention
+from decode_worker.attention.triton_backend import TritonAttention
+from decode_worker.attention.triton_cut import Tiling
+from decode_worker.attention.varlen import VarlenAttention
+from decode_worker.step import StepPlan
+from shared.engine.probe import LayerGeometry
 from shared.engine.rotation import RotationKind
-from tests.kernels.scenes import NONE, Ask, Heads, Scene, rotation
+from shared.kv.layout import KvShape
+from tests.kernels.gpu_clock import copy_bandwidth, say, timed
+from tests.kernels.scenes import NONE, TOLERANCE, rotation
+from tests.kernels.steps import Asked, Step
+from tests.kernels.varlen_double import varlen_double
 
-_SEGMENT = 64
+DATASHEET = 4.8e12
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured: the model's shape, tokens of all blocks together, and the tail before the step."""
+    """What is measured: a model's shape, and tokens of all blocks together."""
 
-    layers: int = 32
-    kv_heads: int = 8
-    group: int = 4
-    head_dim: int = 128
+    name: str
+    layers: int
+    kv_heads: int
+    group: int
+    head_dim: int
     tokens: int = 32_768
-    filled: int = 200
-    chunk: int = 256
-    repeats: int = 20
+    filled: int = 40
+    repeats: int = 15
 
 
-TINY = Size(layers=2, kv_heads=1, group=2, head_dim=16, tokens=256, filled=20, chunk=8, repeats=1)
+MODELS = [Size("Qwen3-8B", 36, 8, 4, 128), Size("Llama-3.2-1B", 16, 8, 4, 64)]
+TINY = [Size("tiny", 2, 1, 2, 16, tokens=600, filled=5, repeats=1)]
 
 
 def main() -> None:
-    """Checks, then measures every case with every tiling."""
+    """Checks, then measures every model and case with every backend."""
     tiny = "--tiny" in sys.argv
-    size, device = (TINY, torch.device("cpu")) if tiny else (Size(), torch.device("cuda"))
-    check(device, Heads(1, 2) if tiny else Heads(8, 4, 128), 60 if tiny else 3_000)
-    bandwidth = copy_bandwidth(device, 1 << (16 if tiny else 31))
-    _say(f"copy {bandwidth / 1e12:.2f} TB/s")
-    # Room for eight tails of whole segments.
-    tokens = size.tokens + 8 * (size.filled + size.chunk + _SEGMENT)
-    shape = (size.layers * tokens, 2 * size.kv_heads * size.head_dim)
-    records = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_()
-    passage = size.tokens // 16
-    cases = {
-        "1 row": ([range(16)], 1),
-        "8 requests, same blocks": ([range(16)] * 8, 1),
-        "8 requests, own blocks": ([range(2 * i, 2 * i + 2) for i in range(8)], 1),
-        "question chunk": ([range(16)], size.chunk),
-    }
-    for name, (laid, rows) in cases.items():
-        pieces, positions = step_of(size, laid, rows, passage)
-        keys = sum(piece.keys for piece in pieces)
-        floor = keys * records.shape[1] * records.element_size() / bandwidth
-        _say(f"\n{name}: {keys} keys, floor {floor * 1e6:.1f} us a layer")
-        stacked = sum(len(piece.rows) for piece in pieces)
-        attention = TritonSegmentAttention(
-            records,
-            heads=size.kv_heads * size.group,
-            kv_heads=size.kv_heads,
-            head_dim=size.head_dim,
-            rotations=[rotation(rotary_dim=size.head_dim)] * size.layers,
-            limits=Limits(len(positions), stacked, stacked + 8_192),
-        )
-        q = torch.randn(size.kv_heads * size.group, len(positions), size.head_dim, device=device).to(records.dtype)
-        for tiling in tilings(attention.tiling(rows * len(laid)), wide=rows > 1, tiny=tiny):
-            start = time.perf_counter()
-            counts = attention.prepare(pieces, positions, tiling=tiling)
-            planned = time.perf_counter() - start
-            both, first = (layer_time(attention, q, size, merge=merge) for merge in (True, False))
-            _say(
-                f"  {both * 1e6:8.1f} us  merge {(both - first) * 1e6:6.1f}  floor/time {floor / both:5.2f}  items "
-                f"{counts.items:5d}  prepare {planned * 1e3:5.2f} ms  {tiling}"
-            )
+    device = torch.device("cpu" if tiny else "cuda")
+    check(device, tiny=tiny)
+    bandwidth = copy_bandwidth(device, 1 << (16 if tiny else 32))
+    say(f"copy {bandwidth / 1e12:.2f} TB/s; torch {torch.__version__}")
+    for size in TINY if tiny else MODELS:
+        measure(size, device, bandwidth)
 
 
-def check(device: torch.device, heads: Heads, length: int) -> None:
-    """Refuses to time a kernel that is wrong: types, rotations, windows, a chunk, splits."""
-    asks = [Ask([0, 1, 0], filled=30), Ask([1], filled=5, rows=20), Ask([1, 0])]
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for turn in (
-            rotation(rotary_dim=heads.head_dim),
-            rotation(RotationKind.INTERLEAVED, heads.head_dim // 2),
-            NONE,
-        ):
-            for window in (None, length // 2):
-                scene = Scene(asks, [length, 41], heads, turn, dtype, start=70_000, device=device)
-                scene.check(window)
-    _say(f"equal to dense float64 attention on {device}")
+def measure(size: Size, device: torch.device, bandwidth: float) -> None:
+    """Every case of a model."""
+    draw = np.random.default_rng(0)
+    lengths: list[int] = []
+    while sum(lengths) < size.tokens:
+        lengths.append(min(int(draw.integers(100, 257)), size.tokens - sum(lengths)))
+    laid = range(len(lengths))
 
+    def asks(requests: int, rows: int = 1, part: float = 1.0) -> list[Asked]:
+        count = round(part * len(lengths))
+        return [(draw.permutation(laid)[:count].tolist(), size.filled, rows) for _ in range(requests)]
 
-def step_of(size: Size, laid: list[range], rows: int, passage: int) -> tuple[list[SegmentPiece], list[int]]:
-    """Requests with their blocks in this order, a tail each, and `rows` rows each."""
-    pieces, positions = [], []
-    for block in sorted({block for blocks in laid for block in blocks}):
-        users = [(i, blocks.index(block) * passage) for i, blocks in enumerate(laid) if block in blocks]
-        of_piece = [i * rows + row for i, _ in users for row in range(rows)]
-        bases = [base for _, base in users for _ in range(rows)]
-        pieces.append(SegmentPiece(block * passage * size.layers, passage, passage, of_piece, bases, local=True))
-    record = size.tokens * size.layers
-    for i, blocks in enumerate(laid):
-        tail = len(blocks) * passage
-        positions.extend(range(tail + size.filled, tail + size.filled + rows))
-        for begin in range(0, size.filled + rows, _SEGMENT):
-            after = range(i * rows + max(0, begin - size.filled), (i + 1) * rows)
-            keys = min(_SEGMENT, size.filled + rows - begin)
-            pieces.append(SegmentPiece(record, _SEGMENT, keys, after, [tail + begin] * len(after), local=False))
-            record += _SEGMENT * size.layers
-    return pieces, positions
-
-
-def tilings(chosen: Tiling, *, wide: bool, tiny: bool) -> list[Tiling]:
-    """The chosen tiling, then one change at a time; twice the chosen one, whose difference is the noise."""
-    if tiny:
-        return [chosen, replace(chosen, programs=8, tile_keys=16, min_keys=16)]
-    changes: list[dict[str, int]] = [{}, *({"programs": 132 * n} for n in (2, 3, 6, 8, 12))]
-    changes += [{"min_keys": 128}, {"min_keys": 512}, {"stages": 2}, {"stages": 4}, {"tile_keys": 32}]
-    changes += [{"warps": 8}, {"tile_rows": 128, "warps": 8}] if wide else [{"warps": 2}, {"tile_keys": 128}]
-    return [chosen, *(replace(chosen, **change) for change in changes)]
-
-
-def layer_time(attention: TritonSegmentAttention, q: torch.Tensor, size: Size, *, merge: bool) -> float:
-    """Seconds a layer of a prepared step."""
-
-    def step() -> None:
-        for layer in range(size.layers):
-            attention._launch_partials(layer, q, size.head_dim**-0.5, None)
-            if merge:
-                attention._launch_merge(q.dtype)
-
-    return timed(step, size.repeats, q.device) / size.layers
-
-
-def timed(work: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Median seconds of `work`, captured and replayed where there is a GPU."""
-    work()
-    if device.type != "cuda":
+    cases: list[tuple[str, list[Asked]]] = [
+        ("1 request", asks(1)),
+        ("16 requests, all blocks", asks(16)),
+        ("64 requests, all blocks", asks(64)),
+        ("16 requests, a quarter of the blocks each", asks(16, part=0.25)),
+        ("question of 64 rows", asks(1, rows=64)),
+        ("question of 512 rows", asks(1, rows=512)),
+    ]
+    say(f"\n{size.name}: {size.layers} layers, {size.kv_heads} KV heads of {size.head_dim}, group {size.group}; ")
+    say(f"{len(lengths)} blocks of 100 to 256 tokens, {sum(lengths)} in all; times are of one layer")
+    for name, case in cases:
+        shape = KvShape(size.layers, size.kv_heads, size.head_dim, "bfloat16")
+        step = Step.make(device, lengths, case, shape=shape, group=size.group)
         start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    graph.replay()
-    seconds = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
-    return median(seconds)
+        StepPlan(step.spans)
+        planned = time.perf_counter() - start
+        bytes_read = sum(piece.keys for piece in step.plan.pieces) * shape.record_bytes
+        megabytes = f"{bytes_read / 1e6:.1f} MB"
+        say(f"\n{name}: {len(step.plan.rows)} stacked rows, {megabytes}, laid out in {planned * 1e3:.1f} ms")
+        for label, backend in backends(step, device):
+            report(label, step, backend, size, bytes_read, bandwidth)
+        own = replace(step, plan=StepPlan(step.spans, share=False))
+        if len(case) > 1:
+            report("triton, nothing shared", own, triton(own), size, bytes_read, bandwidth)
+        gathered(step, case, lengths, size, bytes_read)
+        if "--tilings" in sys.argv and size is MODELS[0] and len(laid) == len(case[0][0]):
+            tilings(step, size)
+        del step, own
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
-def copy_bandwidth(device: torch.device, elements: int) -> float:
-    """Bytes read and written a second by a plain copy."""
-    source = torch.empty(elements // 2, dtype=torch.int16, device=device).random_()
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / timed(lambda: target.copy_(source), 20, device)
+def backends(step: Step, device: torch.device) -> list[tuple[str, SegmentAttention]]:
+    """Those of a GPU; on a CPU varlen's double stands in."""
+    options = {} if device.type == "cuda" else {"varlen": varlen_double}
+    apart = triton(step)
+    chosen = apart._kernel.tiling
+    apart._kernel.tiling = lambda rows: replace(chosen(rows), join=False)  # type: ignore[method-assign] # measured
+    varlen = VarlenAttention(step.arena, step.layers, step.heads, **options)
+    return [("triton", triton(step)), ("triton, pieces not joined", apart), ("varlen", varlen)]
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
+def triton(step: Step) -> TritonAttention:
+    """Our own kernel with room for every variant."""
+    return TritonAttention(step.arena, step.layers, step.heads, workspace_bytes=4 << 30)
+
+
+def report(label: str, step: Step, backend: SegmentAttention, size: Size, bytes_read: int, bandwidth: float) -> None:
+    """One line: a layer's time in a graph and launched from Python, and what beginning the step costs."""
+    q, k, v = step.queries(0)
+    begins = []
+    for _ in range(4):
+        start = time.perf_counter()
+        context = backend.begin(step.plan)
+        begins.append(time.perf_counter() - start)
+    scale = size.head_dim**-0.5
+
+    def layers() -> None:
+        for layer in range(size.layers):
+            context.attend(layer, q, k, v, scale, None)
+
+    seconds = timed(layers, size.repeats, q.device) / size.layers
+    start = time.perf_counter()
+    layers()
+    launched = (time.perf_counter() - start) / size.layers
+    rate = bytes_read / seconds
+    say(
+        f"  {label:28s} {seconds * 1e6:8.1f} us  share {rate / DATASHEET:5.2f}  of copy {rate / bandwidth:5.2f}  "
+        f"from Python {launched * 1e6:6.0f} us  begin {min(begins) * 1e3:5.2f} ms"
+    )
+
+
+def gathered(step: Step, case: list[Asked], lengths: list[int], size: Size, bytes_read: int) -> None:
+    """Torch's SDPA over a copy of each request's keys, one layer: the copy made beforehand, and made each time.
+
+    Keys are not rotated to their places: the time would be the copy's, the arithmetic little.
+    """
+    shape, device = step.arena.shape, step.arena.records.device
+    if any(len(laid) < len(lengths) for laid, _, _ in case):
+        return
+    # Pieces of the plan come in the order in which the first request lays its blocks.
+    starts = {block: piece.first for block, piece in zip(case[0][0], step.plan.pieces, strict=False)}
+    index = torch.stack(
+        [
+            torch.cat([torch.arange(starts[block], starts[block] + lengths[block]) for block in laid])
+            for laid, _, _ in case
+        ]
+    ).to(device)
+    records = step.arena.records.view(-1, 2, shape.kv_heads, shape.head_dim)
+    rows = case[0][2]
+    q = torch.randn(len(case), step.heads, rows, shape.head_dim, device=device, dtype=records.dtype)
+
+    def gather() -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = records[index].unbind(2)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    def attend(kv: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, *kv, enable_gqa=True)
+
+    kv = gather()
+    apart = timed(lambda: attend(kv), size.repeats, device)
+    both = timed(lambda: attend(gather()), size.repeats, device)
+    say(f"  SDPA over a gathered copy    {apart * 1e6:8.1f} us  share {bytes_read / apart / DATASHEET:5.2f}")
+    say(f"  gather, then SDPA            {both * 1e6:8.1f} us  share {bytes_read / both / DATASHEET:5.2f}")
+
+
+def tilings(step: Step, size: Size) -> None:
+    """The chosen tiling, then one change at a time; twice the chosen one, whose difference is the noise."""
+    backend = triton(step)
+    kernel = backend._kernel
+    chosen = kernel.tiling(step.plan.most_rows)
+    wide = chosen.tile_rows > 16
+    changes: list[dict[str, int]] = [{}, {}, *({"programs": 132 * n} for n in (1, 2, 3, 6, 8))]
+    changes += [{"stages": 2, "programs": 132 * n} for n in (3, 4, 6)]
+    changes += [{"tile_keys": 32, "programs": 132 * n} for n in (3, 4, 6)]
+    changes += [{"tile_keys": 32, "stages": 4, "programs": 132 * 4}, {"tile_keys": 128, "programs": 132 * 2}]
+    if wide:
+        changes += [{"tile_rows": 128, "warps": 8, "programs": 132 * n} for n in (1, 2, 4)]
+        changes += [{"tile_rows": 128, "warps": 8, "stages": 2, "programs": 132 * 2}, {"warps": 8}]
+        changes += [{"tile_rows": 128, "warps": 8, "tile_keys": 128, "stages": 2, "programs": 132}, {"tile_rows": 32}]
+    else:
+        changes += [{"warps": 2, "programs": 132 * n} for n in (3, 4)]
+        changes += [{"tile_keys": 32, "warps": 2, "programs": 132 * n} for n in (4, 6)]
+        changes += [
+            {"tile_keys": 32, "warps": 1, "programs": 132 * 6},
+            {"tile_keys": 32, "stages": 2, "programs": 132 * 8},
+        ]
+    q = step.queries(0)[0][0]
+    for change in changes:
+        tiling = Tiling(**{**vars_of(chosen), **change})
+        prepared = kernel.prepare(step.plan.pieces, step.plan.positions.tolist(), tiling=tiling)
+
+        def layers(merge: bool = True) -> None:  # noqa: FBT001, FBT002 - called at once
+            for layer in range(size.layers):
+                kernel._launch_partials(prepared, layer, q, size.head_dim**-0.5, None)  # noqa: B023 - called at once
+                if merge:
+                    kernel._launch_merge(prepared, q.dtype)  # noqa: B023 - called at once
+
+        try:
+            both, first = (timed(work, size.repeats, q.device) for work in (layers, lambda: layers(merge=False)))
+        except Exception as error:  # noqa: BLE001 - a tiling that does not fit is a finding
+            say(f"    {change}: {type(error).__name__}")
+            continue
+        layer_us, merge_us = (seconds / size.layers * 1e6 for seconds in (both, both - first))
+        say(f"    {layer_us:8.1f} us  merge {merge_us:6.1f}  items {prepared.counts.items:5d}  {change}")
+
+
+def vars_of(tiling: Tiling) -> dict[str, int]:
+    """A tiling's fields."""
+    return {name: getattr(tiling, name) for name in Tiling.__dataclass_fields__}
+
+
+def check(device: torch.device, *, tiny: bool) -> None:
+    """Refuses to time what is wrong: dtypes, head sizes, rotations, windows, chunks, long blocks."""
+    factor = 1 if tiny else 10
+    lengths = [int(n) for n in np.random.default_rng(1).integers(10 * factor, 26 * factor, 8)] + [100 * factor]
+    asks: list[Asked] = [(range(9), 70, 1), ([8, 3, 1, 3], 10, 40), (range(8, -1, -1), 130, 1), ([], 0, 66)]
+    for head_dim in (16,) if tiny else (64, 128):
+        turns = [rotation(rotary_dim=head_dim), rotation(RotationKind.INTERLEAVED, head_dim // 2), NONE]
+        layers = [LayerGeometry(turns[i % 3], window) for i, window in enumerate((None, 50 * factor, None, 7))]
+        for dtype in ("bfloat16", "float16", "float32"):
+            shape = KvShape(len(layers), 2 if tiny else 8, head_dim, dtype)
+            step = Step.make(device, lengths, asks, shape=shape, group=2 if tiny else 4, layers=layers)
+            tolerance = TOLERANCE[getattr(torch, dtype)]
+            say(f"triton {dtype} {head_dim}: {step.check(triton(step), tolerance):.1e}")
+            if dtype != "float32" and device.type == "cuda":
+                varlen = VarlenAttention(step.arena, step.layers, step.heads)
+                say(f"varlen {dtype} {head_dim}: {step.check(varlen, TOLERANCE[torch.bfloat16]):.1e}")
+    say(f"equal to dense float64 attention on {device}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from decode_worker.attention.triton_plan import SegmentPiece
-from decode_worker.attention.triton_segments import Limits, TritonSegmentAttention
+from decode_worker.attention.triton_segments import TritonSegmentAttention
+from decode_worker.step import Piece
 from shared.engine.rotation import Rotation, RotationKind
 
 LAYERS = 2
@@ -74,7 +74,7 @@ class Scene:
     seed: int = 0
     start: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    pieces: list[SegmentPiece] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -107,7 +107,9 @@ class Scene:
             row += ask.rows
         for length, (rows, bases) in zip(self.lengths, uses, strict=True):
             if rows:
-                self.pieces.append(SegmentPiece(self._extent(length), length, length, rows, bases, local=True))
+                self.pieces.append(
+                    Piece(self._extent(length), length, length, local=True, causal=False, rows=rows, bases=bases)
+                )
 
     def _lay_tails(self) -> None:
         row = 0
@@ -116,23 +118,26 @@ class Scene:
             for begin in range(0, ask.filled + ask.rows, SEGMENT):
                 keys = min(SEGMENT, ask.filled + ask.rows - begin)
                 # Rows before the segment's first key see none of it.
-                rows = range(row + max(0, begin - ask.filled), row + ask.rows)
+                rows = list(range(row + max(0, begin - ask.filled), row + ask.rows))
                 bases = [tail + begin] * len(rows)
-                self.pieces.append(SegmentPiece(self._extent(SEGMENT), SEGMENT, keys, rows, bases, local=False))
+                # Some of its keys are of earlier steps, so `causal` does not describe it; the kernel goes by positions.
+                first = self._extent(SEGMENT)
+                self.pieces.append(Piece(first, SEGMENT, keys, local=False, causal=True, rows=rows, bases=bases))
             row += ask.rows
 
-    def attention(self, limits: Limits | None = None, processors: int = 4) -> TritonSegmentAttention:
+    def attention(self, most_partials: int | None = None, processors: int = 4) -> TritonSegmentAttention:
         """The kernel with a workspace poisoned by NaN."""
-        stacked = sum(len(piece.rows) for piece in self.pieces)
+        most = most_partials or 4 * sum(len(piece.rows) for piece in self.pieces)
         attention = TritonSegmentAttention(
             self.records,
             heads=self.heads.heads,
             kv_heads=self.heads.kv_heads,
             head_dim=self.heads.head_dim,
             rotations=[self.turn] * LAYERS,
-            limits=limits or Limits(len(self.positions), stacked, 4 * stacked),
+            most_partials=most,
             processors=processors,
         )
+        attention.reserve(most)
         attention._outs.fill_(float("nan"))
         attention._lses.fill_(float("nan"))
         return attention
@@ -144,8 +149,8 @@ class Scene:
     def check(self, window: int | None = None) -> None:
         """Runs the kernel on the last layer and compares."""
         attention = self.attention()
-        attention.prepare(self.pieces, self.positions)
-        out = attention.attend(LAYERS - 1, self.q, self.scale, window)
+        step = attention.prepare(self.pieces, self.positions)
+        out = attention.attend(step, LAYERS - 1, self.q, self.scale, window)
         assert out.dtype == self.dtype
         assert_near(out, self.expected(LAYERS - 1, window), self.dtype)
 
@@ -159,7 +164,7 @@ def assert_near(out: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -
 
 def dense(
     records: torch.Tensor,
-    pieces: Sequence[SegmentPiece],
+    pieces: Sequence[Piece],
     positions: Sequence[int],
     q: torch.Tensor,
     turn: Rotation,
@@ -172,20 +177,24 @@ def dense(
     stored = records.cpu().double().unflatten(1, (2, -1, width))
     seen: list[list[torch.Tensor]] = [[] for _ in positions]
     for piece in pieces:
-        first = piece.first + layer * piece.layer_stride
+        first = piece.first + layer * piece.stride
+        kv = stored[first : first + piece.keys]
+        at: dict[int, torch.Tensor] = {}
         for row, base in zip(piece.rows, piece.bases, strict=True):
-            distance = positions[row] - base - torch.arange(piece.keys)
-            visible = (distance >= 0) & (distance < (window or 1 << 30))
-            kv = stored[first : first + piece.keys]
-            keys = turned(kv[:, 0], turn, base) if piece.local else kv[:, 0]
-            seen[row].append(torch.stack((keys, kv[:, 1]), dim=1)[visible])
+            if base not in at:
+                at[base] = torch.stack((turned(kv[:, 0], turn, base), kv[:, 1]), dim=1) if piece.local else kv
+            # Positions rise: what is seen is one run of keys.
+            reach = positions[row] - base
+            lowest = max(0, reach - (window or 1 << 30) + 1)
+            seen[row].append(at[base][lowest : max(reach + 1, lowest)])
+    queries = q.cpu().double()
     out = torch.zeros(rows, heads, width, dtype=torch.float64)
     for row, parts in enumerate(seen):
-        kv = torch.cat(parts) if parts else stored[:0]
-        if len(kv):
-            keys, values = kv.repeat_interleave(heads // kv.shape[2], dim=2).unbind(1)
-            weights = torch.einsum("hd,nhd->hn", q[:, row].cpu().double(), keys).mul(scale).softmax(dim=-1)
-            out[row] = torch.einsum("hn,nhd->hd", weights, values)
+        keys, values = (torch.cat(parts) if parts else stored[:0]).unbind(1)
+        if len(keys):
+            grouped = queries[:, row].view(keys.shape[1], -1, width)
+            weights = torch.einsum("kgd,nkd->kgn", grouped, keys).mul(scale).softmax(dim=-1)
+            out[row] = torch.einsum("kgn,nkd->kgd", weights, values).flatten(0, 1)
     return out
 
 

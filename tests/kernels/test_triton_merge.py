@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from decode_worker.attention.triton_segments import load_kernels, padded_dim
+from decode_worker.attention.triton_cut import padded_dim
+from decode_worker.attention.triton_segments import load_kernels
 from shared.engine.partials import merge_partials
 
 

@@ -10,14 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import decode_worker.attention
-from decode_worker.attention.triton_plan import Counts, SegmentPiece, StepTooLargeError, Tiling
+from decode_worker.attention.triton_cut import StepTooLargeError, Tiling, choose_tiling
+from decode_worker.attention.triton_plan import Counts
 from decode_worker.attention.triton_segments import (
-    Limits,
     TritonSegmentAttention,
     TritonUnavailableError,
-    choose_tiling,
     load_kernels,
-    piece_of_view,
 )
 from shared.engine.rotation import RotationKind
 from tests.kernels.scenes import NONE, Ask, Heads, Scene, assert_near, dense, rotation
@@ -56,14 +54,26 @@ def test_a_block_laid_twice_in_one_prompt(device: torch.device) -> None:
     Scene([Ask([0, 1, 0], filled=3, rows=2), Ask([1, 1], rows=1)], [30, 9], device=device).check()
 
 
-def test_a_long_block_is_split(device: torch.device) -> None:
+@pytest.mark.parametrize("join", [True, False])
+def test_a_long_block_is_split(device: torch.device, *, join: bool) -> None:
     scene = Scene([Ask([0], filled=2), Ask([1, 0], filled=1)], [300, 8], device=device)
-    attention = scene.attention(Limits(2, 8, 200))
-    tiling = Tiling(16, 16, programs=24, min_keys=16)
-    counts = attention.prepare(scene.pieces, scene.positions, tiling=tiling)
-    assert counts.items > 10
+    attention = scene.attention(200)
+    step = attention.prepare(scene.pieces, scene.positions, tiling=Tiling(16, 16, 24, min_keys=16, join=join))
+    assert step.counts.items >= 10
     for layer in range(2):
-        assert_near(attention.attend(layer, scene.q, scene.scale, None), scene.expected(layer), scene.dtype)
+        assert_near(attention.attend(step, layer, scene.q, scene.scale, None), scene.expected(layer), scene.dtype)
+
+
+@pytest.mark.parametrize("window", [None, 25, 130])
+def test_blocks_of_the_same_rows_leave_few_partials(device: torch.device, window: int | None) -> None:
+    """One request's 20 short blocks are read by three items, each turned again for every block."""
+    lengths = [3 + 5 * (index % 4) for index in range(20)]
+    scene = Scene([Ask(range(20), filled=3, rows=3), Ask([4], filled=3)], lengths, start=31, device=device)
+    attention = scene.attention(60)
+    step = attention.prepare(scene.pieces, scene.positions, tiling=Tiling(16, 16, 6, min_keys=16))
+    assert step.counts.runs >= 20 + 2
+    assert step.counts.partials <= 25
+    assert_near(attention.attend(step, 1, scene.q, scene.scale, window), scene.expected(1, window), scene.dtype)
 
 
 @pytest.mark.parametrize(("filled", "rows"), [(0, 1), (0, 40), (15, 1), (16, 1), (15, 2), (9, 30), (30, 19)])
@@ -79,10 +89,10 @@ def test_windows_cut_and_pass_over_pieces(device: torch.device, window: int) -> 
 
 def test_a_window_applies_across_splits(device: torch.device) -> None:
     scene = Scene([Ask([0], filled=2, rows=3)], [200], device=device)
-    attention = scene.attention(Limits(3, 16, 200))
-    attention.prepare(scene.pieces, scene.positions, tiling=Tiling(16, 16, programs=16, min_keys=16))
+    attention = scene.attention(200)
+    step = attention.prepare(scene.pieces, scene.positions, tiling=Tiling(16, 16, programs=16, min_keys=16))
     for window in (20, 70):
-        assert_near(attention.attend(1, scene.q, scene.scale, window), scene.expected(1, window), scene.dtype)
+        assert_near(attention.attend(step, 1, scene.q, scene.scale, window), scene.expected(1, window), scene.dtype)
 
 
 @settings(max_examples=12)
@@ -102,62 +112,71 @@ def test_random_steps(device: torch.device, data: st.DataObject) -> None:
     scene = Scene(
         asks, lengths, heads, turn, dtype, data.draw(st.integers(0, 999)), data.draw(st.integers(0, 9000)), device
     )
-    attention = scene.attention(Limits(100, 400, 1000))
+    attention = scene.attention(1000)
     tiling = data.draw(st.sampled_from([None, Tiling(16, 16, 8, min_keys=16), Tiling(32, 32, 2, min_keys=32)]))
     window = data.draw(st.one_of(st.none(), st.integers(1, 80)))
-    attention.prepare(scene.pieces, scene.positions, tiling=tiling)
-    assert_near(attention.attend(1, scene.q, scene.scale, window), scene.expected(1, window), scene.dtype)
+    step = attention.prepare(scene.pieces, scene.positions, tiling=tiling)
+    assert_near(attention.attend(step, 1, scene.q, scene.scale, window), scene.expected(1, window), scene.dtype)
 
 
 def test_a_captured_launch_serves_any_step_that_fits(device: torch.device) -> None:
     big = Scene(SHARED, LENGTHS, device=device)
-    counts = Counts(rows=8, stacked=40, items=20, partials=60, turns=10)
-    attention = big.attention(Limits(8, 40, 60))
-    tiling = Tiling(16, 16, programs=8, min_keys=16)
+    counts = Counts(rows=8, stacked=40, runs=40, items=20, partials=60, turns=10)
+    attention = big.attention(60)
+    step = attention.prepare(big.pieces, big.positions, counts=counts, tiling=Tiling(16, 16, 8, min_keys=16))
     small = [piece for piece in big.pieces if 2 not in piece.rows]
+    addresses = [view.data_ptr() for view in step.views.values()]
     for pieces in (big.pieces, small, [], big.pieces):
-        attention.prepare(pieces, big.positions, counts=counts, tiling=tiling)
-        addresses = [view.data_ptr() for view in attention._views.values()]
+        assert attention.prepare(pieces, big.positions, into=step) is step
         q = torch.cat((big.q, torch.full_like(big.q[:, :3], float("nan"))), dim=1)
-        out = attention.attend(0, q, big.scale, None)
+        out = attention.attend(step, 0, q, big.scale, None)
         rows = len(big.positions)
         expected = dense(big.records, pieces, big.positions, big.q, big.turn, 0, big.scale, None)
         torch.testing.assert_close(out[:rows].cpu().double(), expected, rtol=1e-4, atol=1e-5)
         assert out[rows:].eq(0).all(), "rows past the step's own are zeros"
-        assert addresses == [view.data_ptr() for view in attention._views.values()]
+    assert addresses == [view.data_ptr() for view in step.views.values()]
+
+
+def test_two_steps_may_be_prepared_at_once(device: torch.device) -> None:
+    scenes = [Scene(SHARED, LENGTHS, device=device), Scene(SHARED[:1], LENGTHS, device=device)]
+    attention = scenes[0].attention()
+    steps = [attention.prepare(scene.pieces, scene.positions) for scene in scenes]
+    for scene, step in zip(scenes, steps, strict=True):
+        expected = dense(scenes[0].records, scene.pieces, scene.positions, scene.q, scene.turn, 1, scene.scale, None)
+        assert_near(attention.attend(step, 1, scene.q, scene.scale, None), expected, scene.dtype)
+
+
+def test_the_workspace_grows_with_the_step(device: torch.device) -> None:
+    scene = Scene(SHARED, LENGTHS, device=device)
+    attention = scene.attention()
+    attention.reserve(1)
+    step = attention.prepare(scene.pieces, scene.positions)
+    assert step.counts.partials <= len(attention._outs) <= 2 * step.counts.partials
+    assert_near(attention.attend(step, 0, scene.q, scene.scale, None), scene.expected(0), scene.dtype)
 
 
 def test_queries_of_any_strides(device: torch.device) -> None:
     scene = Scene(SHARED, LENGTHS, device=device)
     attention = scene.attention()
-    attention.prepare(scene.pieces, scene.positions)
-    packed = attention.attend(0, scene.q, scene.scale, None)
+    step = attention.prepare(scene.pieces, scene.positions)
+    packed = attention.attend(step, 0, scene.q, scene.scale, None)
     by_rows = scene.q.transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(attention.attend(0, by_rows, scene.scale, None), packed)
+    assert torch.equal(attention.attend(step, 0, by_rows, scene.scale, None), packed)
 
 
 def test_what_does_not_fit_is_refused(device: torch.device) -> None:
     scene = Scene(SHARED, LENGTHS, device=device)
-    with pytest.raises(StepTooLargeError, match="stacked rows"):
-        scene.attention(Limits(5, 6, 7)).prepare(scene.pieces, scene.positions)
-    with pytest.raises(StepTooLargeError, match="workspace"):
-        scene.attention(Limits(2, 100, 100)).prepare(scene.pieces, scene.positions)
+    with pytest.raises(StepTooLargeError, match="room is for 3"):
+        scene.attention(3).prepare(scene.pieces, scene.positions)
     attention = scene.attention()
-    attention.prepare(scene.pieces, scene.positions)
+    tight = Counts(rows=2, stacked=40, runs=40, items=40, partials=40, turns=40)
+    with pytest.raises(StepTooLargeError, match="does not fit a launch"):
+        attention.prepare(scene.pieces, scene.positions, counts=tight)
+    step = attention.prepare(scene.pieces, scene.positions)
     with pytest.raises(ValueError, match="prepared for 5 rows"):
-        attention.attend(0, scene.q[:, :2], scene.scale, None)
+        attention.attend(step, 0, scene.q[:, :2], scene.scale, None)
     with pytest.raises(ValueError, match="do not fit records"):
-        TritonSegmentAttention(
-            scene.records, heads=4, kv_heads=3, head_dim=16, rotations=[NONE], limits=Limits(1, 1, 1)
-        )
-    with pytest.raises(ValueError, match="partials does not hold"):
-        Limits(1, 5, 4)
-
-
-def test_a_view_of_the_arena_is_a_piece() -> None:
-    records = torch.zeros(100, 2 * 3 * 4)
-    view = records[20 : 20 + 2 * 16].view(2, 16, 2, 3, 4)[:, 5:9]
-    assert piece_of_view(view, [1], [30], local=False) == SegmentPiece(25, 16, 4, [1], [30], local=False)
+        TritonSegmentAttention(scene.records, heads=4, kv_heads=3, head_dim=16, rotations=[NONE], most_partials=1)
 
 
 def test_tilings_hold_a_whole_group() -> None:

@@ -1,4 +1,4 @@
-"""Attention of a decode step: the CPU kernel against the torch path, in one run.
+"""Attention of a step: the CPU kernel against the torch path, in one run.
 
     python -m tests.load.decode_attention [--tokens 1760] [--threads 1]
 
@@ -14,39 +14,43 @@ from collections.abc import Callable
 
 import torch
 
-from decode_worker.arena import Arena
-from decode_worker.attention import native
+from decode_worker.arena import Arena, Extent
 from decode_worker.attention.flash import FlashAttention
-from decode_worker.attention.native import NativeAttention, NativeKernel
+from decode_worker.attention.native import NativeAttention
 from decode_worker.step import Placement, RowSpan, StepPlan
-from decode_worker.tail import Tail
+from decode_worker.tail import SEGMENT_TOKENS, Tail
+from shared.engine.native import library
+from shared.engine.native.library import NativeKernel
 from shared.engine.probe import LayerGeometry
 from shared.engine.rotation import Rotation, RotationKind
 from shared.engine.seam import AttentionContext
 from shared.kv.layout import KvShape
 from shared.model.catalog import cache_dir
 
-LAYERS, HEADS, KV_HEADS, WIDTH, BLOCK = 30, 9, 3, 64, 160
+LAYERS, HEADS, KV_HEADS, WIDTH, BLOCK, FILLED = 30, 9, 3, 64, 160, 70
 
 
-def spans(arena: Arena, tokens: int, requests: int) -> list[RowSpan]:
-    """Requests that decode over the same blocks, each in another order."""
-    views = []
-    for _ in range(tokens // BLOCK):
-        extent = arena.allocate(BLOCK)
-        if extent is None:
-            raise MemoryError("the arena is too small for --tokens")
-        views.append(extent)
+# Requests, and new rows of each.
+CASES = ((1, 1), (4, 1), (16, 1), (1, 20), (1, 60))
+
+
+def spans(arena: Arena, tokens: int, requests: int, rows: int) -> list[RowSpan]:
+    """Requests over the same blocks, each in another order."""
+    views = [_extent(arena, BLOCK) for _ in range(tokens // BLOCK)]
     made = []
     for request in range(requests):
         order = [*range(request % len(views), len(views)), *range(request % len(views))]
         placements = [Placement(bytes([at]), views[at], BLOCK * place) for place, at in enumerate(order)]
-        tail = Tail.reserve(arena, BLOCK * len(views), 128)
-        if tail is None:
-            raise MemoryError("the arena is too small for --tokens")
-        tail.filled = 70
-        made.append(RowSpan([5], placements, tail))
+        own = [_extent(arena, SEGMENT_TOKENS) for _ in range(-(-(FILLED + rows) // SEGMENT_TOKENS))]
+        made.append(RowSpan([5] * rows, placements, Tail(arena, BLOCK * len(views), own=own, filled=FILLED)))
     return made
+
+
+def _extent(arena: Arena, tokens: int) -> Extent:
+    extent = arena.allocate(tokens)
+    if extent is None:
+        raise MemoryError("the arena is too small for --tokens")
+    return extent
 
 
 def median_ms(step: Callable[[], None], runs: int = 15) -> float:
@@ -59,15 +63,16 @@ def median_ms(step: Callable[[], None], runs: int = 15) -> float:
     return statistics.median(times[2:])
 
 
-def measure(kernel: NativeKernel, dtype: str, tokens: int, requests: int) -> tuple[float, float]:
+def measure(kernel: NativeKernel, dtype: str, tokens: int, requests: int, count: int) -> tuple[float, float]:
     """Milliseconds of all layers' attention: torch path, kernel."""
     shape = KvShape(LAYERS, KV_HEADS, WIDTH, dtype)
     arena = Arena(shape, shape.extent_bytes(tokens + 256 * requests), torch.device("cpu"))
     arena.records.normal_()
     rotation = Rotation(RotationKind.HALF, 1.0 / 1e5 ** (torch.arange(0, WIDTH, 2) / WIDTH))
-    rows = spans(arena, tokens, requests)
+    rows = spans(arena, tokens, requests, count)
     q, k, v = (
-        torch.randn(1, heads, requests, WIDTH).to(getattr(torch, dtype)) for heads in (HEADS, KV_HEADS, KV_HEADS)
+        torch.randn(1, heads, requests * count, WIDTH).to(getattr(torch, dtype))
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
     )
     results = []
     layers = [LayerGeometry(rotation, None)] * LAYERS
@@ -89,14 +94,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    kernel = native.load(cache_dir() / "kernels")
+    kernel = library.load(cache_dir() / "kernels")
     if kernel is None:
         raise SystemExit("the kernel cannot be built here; see the line above")
-    print(f"{'type':>10} {'requests':>8} {'torch ms':>9} {'kernel ms':>9} {'ratio':>6}")
+    print(f"{'type':>10} {'requests':>8} {'rows':>5} {'torch ms':>9} {'kernel ms':>9} {'ratio':>6}")
     for dtype in ("float32", "bfloat16"):
-        for requests in (1, 4):
-            torch_ms, kernel_ms = measure(kernel, dtype, options.tokens, requests)
-            print(f"{dtype:>10} {requests:>8} {torch_ms:9.1f} {kernel_ms:9.1f} {torch_ms / kernel_ms:6.1f}")
+        for requests, count in CASES:
+            torch_ms, kernel_ms = measure(kernel, dtype, options.tokens, requests, count)
+            print(f"{dtype:>10} {requests:>8} {count:>5} {torch_ms:9.1f} {kernel_ms:9.1f} {torch_ms / kernel_ms:6.1f}")
 
 
 if __name__ == "__main__":
