@@ -27,6 +27,7 @@ from decode_worker.sampling import Sampler
 from decode_worker.scheduler import StepBudget
 from decode_worker.service import DecodeService
 from decode_worker.settings import DecodeSettings
+from decode_worker.tail import SEGMENT_TOKENS
 from drystone.v1.operations_pb2 import ProcessRole, ProcessState
 from shared.engine import served_model
 from shared.engine.native.encoder import NativeEncoder
@@ -64,6 +65,11 @@ class DecodeApp:
         self.identity = WorkerIdentity(worker_id=settings.worker_id, incarnation=secrets.randbits(63) | 1)
         device = torch.device(settings.device)
         size = pool_bytes(settings.pool_bytes, settings.pool_share, device)
+        least = self.model.geometry.shape.extent_bytes(2 * SEGMENT_TOKENS)
+        if size < least:
+            raise ValueError(
+                f"pool_bytes: {size} bytes is too little; {least} hold a passage and a tail of 64 tokens each"
+            )
         try:
             arena = Arena(self.model.geometry.shape, size, device)
         except RuntimeError as error:
@@ -109,6 +115,7 @@ class DecodeApp:
             self._sampler,
             self.identity.incarnation,
             self._settings.default_timeout_seconds,
+            self._settings.max_samples,
         )
         decode = DecodeService(self.engine, opener)
         self._worker = WorkerService(
@@ -176,6 +183,7 @@ class DecodeApp:
             "prompt_tokens_total": self.observer.prompt_tokens_total,
             "generation_tokens_total": self.engine.answering.tokens_total,
             "steps_total": self.engine.steps_total,
+            "integrity_failures_total": self.engine.integrity_failures_total,
             "received_bytes_total": self.receiver.received_bytes,
             "chunks_refused_total": self.receiver.refused_total,
         }

@@ -121,8 +121,6 @@ class BlockTable:
         if block.idle:
             self._idle_records -= block.extent.records
         block.pins += 1
-        block.hits += 1
-        block.last_used = time.monotonic()
 
     def unpinned(self, block: Block) -> None:
         """A pin has ended."""
@@ -139,6 +137,16 @@ class BlockTable:
             self._arena.free(block.extent)
         elif not block.held:
             self._rest(block)
+
+    def rest_again(self, block: Block) -> None:
+        """An idle block counts as used just now."""
+        self._idle_records -= block.extent.records
+        self._rest(block)
+
+    def used(self, block: Block) -> None:
+        """An admitted request uses it."""
+        block.hits += 1
+        block.last_used = time.monotonic()
 
     def evict_one(self) -> bool:
         """Frees the idle block that the policy ranks lowest; False when there is none."""

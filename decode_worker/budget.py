@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-_CGROUP_LIMITS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+_CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
 _MEMINFO = Path("/proc/meminfo")
 
@@ -34,7 +34,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    limits = [_available(_MEMINFO), *(_left(limit, used) for limit, used in _CGROUP_LIMITS)]
+    limits = [_available(_MEMINFO), *(_left(*names) for names in _CGROUPS)]
     known = [limit for limit in limits if limit is not None]
     if not known:
         raise ValueError("pool_bytes: the free memory of this machine cannot be found out; set it")
@@ -50,9 +50,17 @@ def _available(meminfo: Path) -> int | None:
     return None
 
 
-def _left(limit: Path, used: Path) -> int | None:
-    """What a container may still take; None where there is no limit."""
-    if not (limit.exists() and used.exists()):
+def _left(folder: Path, limit: str, usage: str) -> int | None:
+    """What a container may still take; None where there is no limit.
+
+    Its usage counts pages of files too, such as the model's own; the system takes those back when they are wanted.
+    """
+    if not (folder / limit).exists() or not (folder / usage).exists():
         return None
-    most = limit.read_text().strip()
-    return None if most == "max" else max(0, int(most) - int(used.read_text()))
+    most = (folder / limit).read_text().strip()
+    if most == "max":
+        return None
+    stat = folder / "memory.stat"
+    lines = [line.split() for line in stat.read_text().splitlines()] if stat.exists() else []
+    files = sum(int(value) for name, value in lines if name in ("active_file", "inactive_file"))
+    return max(0, int(most) - max(0, int((folder / usage).read_text()) - files))

@@ -28,6 +28,8 @@ from shared.errors import DrystoneError, Reason
 from shared.internal.v1.common_pb2 import KvEndpoint, Reservation
 
 T = TypeVar("T")
+# Seconds between two looks at the whole pool.
+_CHECK_SECONDS = 5.0
 
 
 class Engine:
@@ -39,7 +41,7 @@ class Engine:
         runner: Runs steps on the engine thread.
         endpoint: Where blocks are to be shipped.
         max_waiting: Requests that may wait for room; more are refused.
-        max_samples: Samples that may run at once; further requests wait.
+        max_samples: Samples that may take part in a step; further requests wait, their blocks at hand.
         budget: Most rows of a step.
         stall_seconds: Time without progress after which a fetch is driven anew.
         observer: Takes times and counts.
@@ -77,17 +79,13 @@ class Engine:
             model, pool, self.lifecycle, lambda fetch, took: self.committed(fetch, encode_ms=took), native
         )
         self._log = logs.get("engine")
-        self.steps_total = 0
+        self._checked_at = 0.0
+        self.steps_total = self.integrity_failures_total = 0
 
     # What the service calls.
 
     def submit(self, request: Request) -> None:
         """Takes a request or raises DrystoneError; from here on its sink gets exactly one last message."""
-        if len(request.live) > self._max_samples:
-            raise DrystoneError(
-                Reason.INVALID_SAMPLING,
-                f"n: {len(request.live)} samples are more than the {self._max_samples} that this worker runs at once",
-            )
         if not request.live:
             self.lifecycle.over_already(request)
             return
@@ -144,6 +142,7 @@ class Engine:
                 # One of each in turn: blocks that are encoded here must not hold up those who generate.
                 encoded = await self._local.encode_one(self._on_thread)
                 if not await self._step() and not encoded:
+                    self._check_when_idle()
                     self._wake.clear()
                     await self._wake.wait()
         finally:
@@ -154,9 +153,13 @@ class Engine:
     def _admit(self) -> None:
         may_move = not self._thread_busy
         for request in self.lifecycle.waiting.to_try(self.pool.version, may_move=may_move):
-            if self.lifecycle.samples + len(request.live) > self._max_samples:
-                return
-            driven = self.pool.admit(request, may_move=may_move)
+            try:
+                driven = self.pool.admit(request, may_move=may_move)
+            except Exception as error:  # noqa: BLE001 - whatever it was, only this request fails
+                self._log.error("admit_failed", request_id=request.request_id, exc_info=error)
+                wrong = DrystoneError(Reason.INTERNAL, f"the request could not be admitted: {error}")
+                self.lifecycle.fail(request, wrong)
+                continue
             if driven is None:
                 self.lifecycle.waiting.refused(request, self.pool.version, may_move=may_move)
                 continue
@@ -165,6 +168,7 @@ class Engine:
                 self.lifecycle.start(request)
 
     async def _step(self) -> bool:
+        self.lifecycle.seat(self._max_samples)
         entries = compose(self.lifecycle.running, self._budget)
         if not entries:
             return False
@@ -184,6 +188,18 @@ class Engine:
         self._observer.step(entries, time.monotonic() - began)
         self.answering.take(entries, outcomes)
         return True
+
+    def _check_when_idle(self) -> None:
+        """Memory must tile when nothing runs; looked at now and then, and a defect is said loudly."""
+        now = time.monotonic()
+        if self.lifecycle.holding or now - self._checked_at < _CHECK_SECONDS:
+            return
+        self._checked_at = now
+        try:
+            self.pool.check_integrity([])
+        except AssertionError as error:
+            self.integrity_failures_total += 1
+            self._log.critical("memory_does_not_tile", exc_info=error)
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
         """Runs on the engine thread and waits for it even when cancelled: the thread may be writing KV."""

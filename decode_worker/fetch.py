@@ -25,6 +25,11 @@ class FetchTable:
         self._by_id: dict[int, Fetch] = {}
         self._next_id = 1
 
+    @property
+    def opened(self) -> int:
+        """Fetches begun since the start."""
+        return self._next_id - 1
+
     def __len__(self) -> int:
         return len(self._by_id)
 

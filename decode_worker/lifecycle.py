@@ -1,7 +1,8 @@
 """How requests begin and end: submitted once, ended in one place, whatever the reason.
 
-submit ──▶ waiting ──▶ fetching ──▶ question ──▶ answer ──▶ finished
-└───────────┴────────────┴───────────┴────── cancel, failure, deadline
+submit ──▶ waiting ──▶ fetching ──▶ ready ──▶ question ──▶ answer ──▶ finished
+
+Any of them ends by a cancel, a failure or the deadline too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from decode_worker.observer import Observer
 from decode_worker.pool import Pool
 from decode_worker.request import Fetch, Phase, Request
 from decode_worker.sample import Sample
-from decode_worker.waiting import WaitingQueue
+from decode_worker.waiting import PATIENCE_SECONDS, WaitingQueue
 from drystone.v1.sampling_pb2 import FinishReason
 from shared.errors import DrystoneError, Reason, deadline_exceeded
 from shared.internal.v1.common_pb2 import KvEndpoint
@@ -77,8 +78,9 @@ class Lifecycle:
 
     @property
     def samples(self) -> int:
-        """Samples that generate or will."""
-        return sum(len(request.live) for request in self.running)
+        """Samples that read their question or generate."""
+        seated = (request for request in self.running if request.phase in (Phase.PREFILL, Phase.DECODE))
+        return sum(len(request.live) for request in seated)
 
     def submitted(self, request: Request) -> None:
         """Takes a request in, or raises DrystoneError; from here on its sink gets exactly one last message."""
@@ -104,6 +106,7 @@ class Lifecycle:
     def over_already(self, request: Request) -> None:
         """Every sample had ended before the interruption: there is nothing to run."""
         self.requests_total += 1
+        self._observer.ended(request, "over_already")
         request.phase = Phase.FINISHED
         request.sink(messages.admitted(request, self._pool.fetches))
         self.tell_replayed(request)
@@ -135,9 +138,23 @@ class Lifecycle:
         reader = request.live[0]
         read = reader.tail.filled if reader.tail is not None else 0
         reader.unread = list(request.question_ids[read:])
-        request.phase = Phase.PREFILL
+        request.phase = Phase.READY
         self.tell_replayed(request)
         self._changed()
+
+    def seat(self, most: int) -> None:
+        """Lets requests whose blocks are there take part, up to `most` samples, in the order of their turn.
+
+        A smaller one may pass one for which too few places are free, but only for a while.
+        """
+        ready = sorted((r for r in self.running if r.phase is Phase.READY), key=lambda request: request.turn)
+        free = most - self.samples
+        for request in ready:
+            if len(request.live) <= free:
+                request.phase = Phase.PREFILL
+                free -= len(request.live)
+            elif time.monotonic() - request.fetched > PATIENCE_SECONDS:
+                return
 
     def cancel(self, request: Request) -> None:
         """Ends a request whose caller is gone; sends nothing."""
@@ -164,7 +181,7 @@ class Lifecycle:
         request.sink(messages.sample_ended(request, sample, reason, stop_token))
         sample.finished = True
         if request.keep_tail:
-            request.tail_keys += self._pool.seal(request, sample)
+            request.tail_keys = list(dict.fromkeys([*request.tail_keys, *self._pool.seal(request, sample)]))
         sample.release()
         if not request.live:
             self._observer.ended(request, FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower())
@@ -200,7 +217,11 @@ class Lifecycle:
             # Its tail is being written: it ends as soon as the step returns.
             request.deadline = 0.0
         else:
-            waits = {Phase.WAITING: "waiting for room", Phase.FETCHING: "waiting for blocks"}
+            waits = {
+                Phase.WAITING: "waiting for room",
+                Phase.FETCHING: "waiting for blocks",
+                Phase.READY: "waiting for its turn",
+            }
             self.fail(request, deadline_exceeded(waits.get(request.phase, "generating")))
 
     def cut_short_if_late(self, request: Request) -> None:

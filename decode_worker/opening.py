@@ -12,6 +12,7 @@ from decode_worker.request import Request, Sink
 from decode_worker.sample import Sample
 from decode_worker.sampling import Grammar, Grammars, Sampler, SampleState
 from decode_worker.text import TextStream
+from drystone.v1.generation_pb2 import Priority
 from drystone.v1.sampling_pb2 import FinishReason, ResumeSample, SamplingParams
 from shared.engine.served_model import ServedModel
 from shared.errors import DrystoneError, InvalidRequestError, Reason
@@ -37,16 +38,24 @@ class Opener:
         sampler: Says which sampling it can do.
         incarnation: This life of the worker.
         default_timeout_seconds: Time of a request whose gateway set none.
+        max_samples: Most samples of one request.
     """
 
     def __init__(
-        self, model: ServedModel, tokenizer: Any, sampler: Sampler, incarnation: int, default_timeout_seconds: float
+        self,
+        model: ServedModel,
+        tokenizer: Any,
+        sampler: Sampler,
+        incarnation: int,
+        default_timeout_seconds: float,
+        max_samples: int,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._sampler = sampler
         self._incarnation = incarnation
         self._default_timeout = default_timeout_seconds
+        self._max_samples = max_samples
         self._keys = model.key_space()
         self._grammars = Grammars(tokenizer, model.vocabulary_size, model.eos_token_ids)
 
@@ -61,7 +70,11 @@ class Opener:
         return self._grammars.compile(message.structured_output)
 
     def open(self, call_id: int, message: Open, sink: Sink, grammar: Grammar | None = None) -> Request:
-        """The request; raises DrystoneError for what this worker cannot or must not do."""
+        """The request; raises DrystoneError for what this worker cannot or must not do.
+
+        Touches no state of the worker: a message that takes long to open may be opened on a thread.
+        """
+        self._check_bounds(message)
         if bytes(message.model_fingerprint) != self._model.fingerprint:
             raise DrystoneError(Reason.MODEL_CHANGED, "the gateway's keys are of another model than this worker's")
         if message.expected_incarnation not in (0, self._incarnation):
@@ -127,14 +140,29 @@ class Opener:
             sample.finished = past.finished
             sample.resumed = tuple(past.token_ids)
             said = _replay(sample, message.sampling, past)
-            if past.text_chars > len(said):
-                problem = "is more text than these tokens make"
-                raise _invalid(past.sample_index, "text_chars", problem, len(said), past.text_chars)
             if not past.finished:
+                # An answer's end tells what had been held back; the caller may have got that and not the end itself.
+                early = max(0, past.text_chars - len(said))
+                if early > len(sample.text.held):
+                    problem, most = "is more text than these tokens make", len(said) + len(sample.text.held)
+                    raise _invalid(past.sample_index, "text_chars", problem, most, past.text_chars)
+                sample.text.told(early)
                 sample.untold = said[past.text_chars :]
                 sample.over = _why_over(sample, message.sampling)
                 sample.finished = sample.over is not None
         return sample
+
+    def _check_bounds(self, message: Open) -> None:
+        """What would cost memory before anything else is looked at."""
+        for name, value, most in (
+            ("n", message.n, self._max_samples),
+            ("sampling.logprobs", message.sampling.logprobs, self._model.vocabulary_size),
+            ("priority", message.priority, max(Priority.values())),
+        ):
+            if value > most:
+                raise InvalidRequestError(Reason.INVALID_FIELD, name, "is too large", limit=most, value=value)
+        if message.tail_salt != message.tenant_salt:
+            raise DrystoneError(Reason.INTERNAL, "tail_salt and tenant_salt are of different tenants")
 
     def _check_context(self, request: Request) -> None:
         if request.prompt_tokens + request.sampling.max_new_tokens > self._model.context_tokens:

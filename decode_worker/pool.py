@@ -35,11 +35,12 @@ class Pool:
         self.fetches = FetchTable(arena, identity)
         # Prompt tokens that requests asked for, and those among them that were here already.
         self.queried_tokens = self.hit_tokens = 0
+        self._undone = 0
 
     @property
     def version(self) -> int:
-        """Rises whenever something is given back or arrives: before that, what did not fit does not fit."""
-        return self.arena.frees + self.blocks.changes
+        """Rises when something is given back, arrives, or is asked for: before that, what did not fit does not fit."""
+        return self.arena.frees + self.blocks.changes + self.fetches.opened - self._undone
 
     def refuse_if_never(self, request: Request) -> None:
         """Raises when the request would not fit into an empty pool, saying what it needs and what there is."""
@@ -71,6 +72,7 @@ class Pool:
             match = Match(match.full)  # what would be copied may have to go to make room
             if not self._has_bytes_for(request, blocks, match):
                 return None
+        version, evictions = self.version, self.blocks.evictions
         # What is there is held first: room for the rest is never made at its cost.
         missing = [ref for key, ref in blocks.items() if not self._hold(request, key, ref)]
         lead = [Pin(self.blocks, block) for block in match.full]
@@ -82,7 +84,11 @@ class Pool:
             for pin in reversed(lead):
                 pin.close()
             self._let_go(request)
+            if evictions == self.blocks.evictions:
+                self._undone += self.version - version  # all is as it was
             return None
+        for pin in [*request.pins, *lead]:
+            self.blocks.used(pin.block)
         for fetch in driven:
             self._wait(request, fetch)
         self._count(request, blocks, match)
@@ -162,6 +168,7 @@ class Pool:
         elapsed_ms = (time.monotonic() - fetch.reserved_at) * 1e3
         for request in fetch.waiters:
             request.pins.append(Pin(self.blocks, block))
+            self.blocks.used(block)
             request.fetches.discard(fetch)
             request.arrivals[fetch.key].fetch_ms = elapsed_ms
             if not request.fetches:

@@ -11,12 +11,12 @@ from functools import cached_property
 from decode_worker.arena import Extent
 from decode_worker.blocks import Pin
 from decode_worker.sample import Sample
-from decode_worker.sealed import root_key
 from decode_worker.step import Placement
 from drystone.v1.generation_pb2 import Priority
 from drystone.v1.sampling_pb2 import SamplingParams
 from shared.internal.v1.common_pb2 import BlockRef
 from shared.internal.v1.decode_pb2 import Arrival, GenerateResponse
+from shared.kv.tails import root_key
 
 Sink = Callable[[GenerateResponse], None]
 # Seconds of waiting that are worth one class of priority.
@@ -28,9 +28,10 @@ class Phase(IntEnum):
 
     WAITING = 0
     FETCHING = 1
-    PREFILL = 2
-    DECODE = 3
-    FINISHED = 4
+    READY = 2
+    PREFILL = 3
+    DECODE = 4
+    FINISHED = 5
 
 
 @dataclass(eq=False, repr=False)

@@ -12,7 +12,8 @@ class Room:
     Args:
         arena: Where they are taken from.
         blocks: Idle ones are evicted when bytes do not suffice.
-        may_move: Nobody reads or writes KV now, so that extents may be moved when bytes suffice but no run does.
+        may_move: Nobody reads or writes KV now: extents may be moved when bytes suffice but no run does. Without it
+            nothing is evicted either: it might be in vain, and the wait is for one step.
     """
 
     def __init__(self, arena: Arena, blocks: BlockTable, *, may_move: bool) -> None:
@@ -43,6 +44,6 @@ class Room:
                 # Moving bytes costs less than encoding them anew.
                 if not (self._may_move and self._arena.make_room(tokens)):
                     return None
-            elif not self._blocks.evict_one():
+            elif not (self._may_move and self._blocks.evict_one()):
                 return None
         return extent

@@ -12,15 +12,18 @@ rest before what they follow, and what follows an evicted segment goes with it.
 
 from __future__ import annotations
 
-import hashlib
 import secrets
-import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
 
 from decode_worker.blocks import Block, BlockTable, Pin
 from decode_worker.tail import SEGMENT_TOKENS, Tail
+from shared.kv.tails import segment_key
+
+# Children of one segment that are looked through for the longest common beginning: the newest. A whole segment is
+# found by its key whatever their number.
+_MOST_COMPARED = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ class SealedTails:
 
     def _with_partial(self, full: list[Block], parent: bytes, wanted: Sequence[int]) -> Match:
         best, longest = None, 0
-        for key in self._children.get(parent, ()):
+        for key in self._newest(parent):
             common = _common_prefix(self._segments[key].tokens, wanted)
             if common > longest:
                 best, longest = self._table.find(key), common
@@ -118,7 +121,7 @@ class SealedTails:
         """Keeps the tail's segments for later requests; the tail is closed.
 
         Returns:
-            Keys of the whole chain that is findable now.
+            Keys of the chain's segments that are kept.
         """
         keys, parent = [], root
         fresh: list[tuple[bytes, bytes, tuple[int, ...], int]] = []
@@ -137,11 +140,16 @@ class SealedTails:
             self._table.add(key, tail.own[index], store=True, segment=True)
         tail.own = [extent for index, extent in enumerate(tail.own) if index not in kept]
         tail.close()
+        # What the chain shares with an older one is as fresh as what follows it now.
+        for key in reversed(keys):
+            block = self._table.find(key)
+            if block is not None and block.idle:
+                self._table.rest_again(block)
         return [key for key in keys if key in self._segments]
 
     def _drop_beginnings_of(self, parent: bytes, part: tuple[int, ...]) -> None:
         """What a longer segment begins with is of no more use by itself."""
-        for key in list(self._children.get(parent, ())):
+        for key in self._newest(parent):
             tokens, block = self._segments[key].tokens, self._table.find(key)
             if block is not None and block.idle and part[: len(tokens)] == tokens:
                 self._table.remove(block)
@@ -158,33 +166,34 @@ class SealedTails:
         self._segments[key] = _Segment(parent, part)
         self._children.setdefault(parent, {})[key] = None
 
+    def _newest(self, parent: bytes) -> list[bytes]:
+        return list(islice(reversed(self._children.get(parent, {})), _MOST_COMPARED))
+
     def _removed(self, block: Block) -> None:
-        segment = self._segments.pop(block.key, None)
-        if segment is None:
+        """A segment has gone; what follows it can be found no more, and goes too where nobody uses it."""
+        if not self._unlink(block.key):
             return
+        followers: list[Block] = []
+        parents = [block.key]
+        while parents:
+            for key in list(self._children.get(parents.pop(), ())):
+                follower = self._table.find(key)
+                if follower is not None and follower.idle:
+                    self._unlink(key)
+                    followers.append(follower)
+                    parents.append(key)
+        for follower in followers:
+            self._table.remove(follower)
+
+    def _unlink(self, key: bytes) -> bool:
+        segment = self._segments.pop(key, None)
+        if segment is None:
+            return False
         siblings = self._children[segment.parent]
-        del siblings[block.key]
+        del siblings[key]
         if not siblings:
             del self._children[segment.parent]
-        # What follows it can be found no more. Whoever uses a segment uses what it follows, so these are idle.
-        for key in list(self._children.get(block.key, ())):
-            follower = self._table.find(key)
-            if follower is not None and follower.idle:
-                self._table.remove(follower)
-
-
-def root_key(salt: bytes, block_keys: Iterable[bytes]) -> bytes:
-    """32 bytes that stand for everything before a tail: the tenant's salt, and the blocks in order."""
-    digest = hashlib.blake2b(digest_size=32, person=b"drystone-tail")
-    digest.update(struct.pack("<I", len(salt)) + salt)
-    for key in block_keys:
-        digest.update(key)
-    return digest.digest()
-
-
-def segment_key(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """32 bytes that stand for a segment: everything before it, and its own tokens."""
-    return hashlib.blake2b(parent + struct.pack(f"<{len(tokens)}I", *tokens), digest_size=32).digest()
+        return True
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -13,11 +13,13 @@ from decode_worker import messages
 from decode_worker.engine import Engine
 from decode_worker.opening import Opener
 from decode_worker.request import Request
-from decode_worker.sampling import Grammar
 from shared import logs
 from shared.errors import DrystoneError, Reason, not_in_this_version
 from shared.internal.v1 import decode_pb2 as pb
 from shared.internal.v1.decode_pb2_grpc import DecodeServicer
+
+# Tokens of an interrupted answer that are read again at once; more would hold up everything else.
+_RESUMED_ON_THE_LOOP = 256
 
 Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
 
@@ -85,7 +87,7 @@ class _Session:
         self._engine = engine
         self._log = logs.get("decode")
         self._calls: dict[int, Request] = {}
-        # Calls whose grammar is being compiled.
+        # Calls that are being opened on a thread.
         self._opening: dict[int, asyncio.Task[None]] = {}
         self._unended = 0
         self._half_closed = False
@@ -140,38 +142,43 @@ class _Session:
         if call_id in self._calls or call_id in self._opening:
             raise DrystoneError(Reason.MALFORMED_REQUEST, f"call {call_id} of this stream has not ended yet")
         self._unended += 1
-        if message.HasField("structured_output"):
-            self._opening[call_id] = asyncio.create_task(self._compile(call_id, message))
+        resumed = sum(len(past.token_ids) for past in message.resume.samples)
+        if message.HasField("structured_output") or resumed > _RESUMED_ON_THE_LOOP:
+            self._opening[call_id] = asyncio.create_task(self._open_aside(call_id, message))
         else:
-            self._begin(call_id, message, None)
+            self._begin(call_id, message, lambda: self._opener.open(call_id, message, self.send))
 
-    async def _compile(self, call_id: int, message: pb.Open) -> None:
-        """Compiles the grammar aside; the engine and other calls go on meanwhile."""
+    async def _open_aside(self, call_id: int, message: pb.Open) -> None:
+        """Opens a message that takes long on a thread; the engine and other calls go on meanwhile."""
         began = time.monotonic()
+        opened: Request | Exception
         try:
-            grammar = await asyncio.to_thread(self._opener.grammar, message)
-        except DrystoneError as error:
-            self._refuse(call_id, error)
-        except Exception as error:  # noqa: BLE001 - whatever a library raises, only this call fails
-            self._log.error("grammar_failed", request_id=message.request_id, exc_info=error)
-            self._refuse(call_id, DrystoneError(Reason.INTERNAL, "structured_output: could not be compiled"))
-        else:
-            if message.time_left_ms:
-                message.time_left_ms = max(1, message.time_left_ms - int((time.monotonic() - began) * 1e3))
-            self._begin(call_id, message, grammar)
+            opened = await asyncio.to_thread(self._open_whole, call_id, message)
+            opened.deadline -= time.monotonic() - began
+        except Exception as error:  # noqa: BLE001 - told where every other is, in `_begin`
+            opened = error
         finally:
-            self._opening.pop(call_id, None)
+            # A call that was cancelled meanwhile may have a namesake by now.
+            if self._opening.get(call_id) is asyncio.current_task():
+                del self._opening[call_id]
+        self._begin(call_id, message, lambda: _raised(opened))
 
-    def _begin(self, call_id: int, message: pb.Open, grammar: Grammar | None) -> None:
+    def _open_whole(self, call_id: int, message: pb.Open) -> Request:
+        return self._opener.open(call_id, message, self.send, self._opener.grammar(message))
+
+    def _begin(self, call_id: int, message: pb.Open, open_it: Callable[[], Request]) -> None:
         with logs.request_scope(message.request_id, message.traceparent):
             try:
-                request = self._opener.open(call_id, message, self.send, grammar)
+                request = open_it()
                 # Held before it is submitted: it may end within, and what was refused is let go again.
                 self._calls[call_id] = request
                 self._engine.submit(request)
                 self._log.info("request", blocks=len(request.blocks), prompt_tokens=request.prompt_tokens)
             except DrystoneError as error:
                 self._refuse(call_id, error)
+            except Exception as error:  # noqa: BLE001 - whatever it was, only this call fails
+                self._log.error("open_failed", exc_info=error)
+                self._refuse(call_id, DrystoneError(Reason.INTERNAL, f"the request could not be opened: {error}"))
 
     def _refuse(self, call_id: int, error: DrystoneError) -> None:
         self._log.info("refused", reason=error.reason, detail=error.message)
@@ -183,6 +190,12 @@ class _Session:
             task.cancel()
         for request in list(self._calls.values()):
             self._engine.cancel(request)
+
+
+def _raised(opened: Request | Exception) -> Request:
+    if isinstance(opened, Exception):
+        raise opened
+    return opened
 
 
 def _why(failed: pb.FetchFailed) -> DrystoneError:

@@ -139,11 +139,11 @@ def _tail_pieces(spans: Sequence[RowSpan], *, share: bool) -> list[Piece]:
     full: dict[int, Piece] = {}
     first = 0
     for span in spans:
-        count, filled = len(span.token_ids), span.tail.filled
+        count, filled, extents = len(span.token_ids), span.tail.filled, span.tail.extents
         for segment in range(-(-(filled + count) // SEGMENT_TOKENS)):
             begin = segment * SEGMENT_TOKENS
             end = min(begin + SEGMENT_TOKENS, filled + count)
-            record, base = span.tail.extents[segment].start, span.tail.start + begin
+            record, base = extents[segment].start, span.tail.start + begin
             # Keys of earlier steps: every row sees them all.
             seen = min(filled, end) - begin
             if seen > 0:

@@ -19,8 +19,9 @@ import torch
 
 from decode_worker.arena import Arena, Extent
 from decode_worker.blocks import Pin
+from shared.kv.tails import SEGMENT_TOKENS
 
-SEGMENT_TOKENS = 64
+__all__ = ["SEGMENT_TOKENS", "Tail", "segments_for"]
 
 
 def segments_for(tokens: int) -> int:

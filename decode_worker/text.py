@@ -51,6 +51,15 @@ class TextStream:
         certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return certain
 
+    @property
+    def held(self) -> str:
+        """Text that may yet become a stop string."""
+        return self._held
+
+    def told(self, characters: int) -> None:
+        """The caller has the first characters of what is held already."""
+        self._held = self._held[characters:]
+
     def finish(self) -> str:
         """Text held back for a stop string that did not come."""
         rest, self._held = self._held, ""

@@ -84,7 +84,7 @@ class Account:
         return Usage(
             prompt_tokens=self._ticket.plan.prompt_tokens,
             completion_tokens=self._completion_tokens,
-            cached_tokens=sum(stats.tokens for stats in reused),
+            cached_tokens=sum(stats.tokens for stats in reused) + self.admitted.tail_tokens_reused,
             encoded_tokens=sum(stats.tokens for stats in computed),
             shipped_bytes=sum(stats.shipped_bytes for stats in context),
             blocks_reused=len(reused),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from gateway.ticket import Ticket
 from gateway.worker import Worker
 from shared.errors import DrystoneError, Reason, deadline_exceeded
 from shared.internal.v1.decode_pb2 import GenerateRequest, GenerateResponse, Open
+from shared.kv.tails import SEGMENT_TOKENS, chain, root_key
 from shared.metrics import Metrics
 from shared.rpc.errors import from_rpc_error
 
@@ -50,7 +52,11 @@ async def relay(
             for event in public_events(response, ticket, account, fetcher):
                 yield event
             if response.WhichOneof("message") == "ended":
-                worker.remember([(bytes(ref.key), len(ref.token_ids)) for ref in ticket.refs if ref.store])
+                arrived = {bytes(a.key) for a in response.ended.arrivals if a.source}
+                arrived |= fetcher.records.keys()
+                held = [ref for ref in ticket.refs if ref.store and bytes(ref.key) in arrived]
+                worker.remember([(bytes(ref.key), len(ref.token_ids)) for ref in held])
+                worker.remember_tails(response.ended.tail_keys)
                 unknown = BlockSource.BLOCK_SOURCE_UNSPECIFIED
                 await fetcher.settle(bytes(a.key) for a in response.ended.arrivals if a.source == unknown)
                 yield v1.GenerateResponse(completed=account.completed(fetcher))
@@ -84,9 +90,7 @@ def _choose(ticket: Ticket, cluster: Cluster) -> tuple[Worker, RoutingStats]:
         said = why if ready else "no decode worker is ready"
         raise DrystoneError(Reason.NO_DECODE_WORKER, said, retry_after_ms=1000)
     loads = {name: worker.load for name, worker in workers.items()}
-    resident = {
-        name: sum(worker.resident.get(bytes(ref.key), 0) for ref in ticket.refs) for name, worker in workers.items()
-    }
+    resident = {name: _known_tokens(worker, ticket) for name, worker in workers.items()}
     chosen = decode_choice(loads, resident, ticket.plan.prompt_tokens)
     candidates = [
         RoutingCandidate(
@@ -100,6 +104,16 @@ def _choose(ticket: Ticket, cluster: Cluster) -> tuple[Worker, RoutingStats]:
         for name in workers
     ]
     return workers[chosen], RoutingStats(decode_worker_id=chosen, candidates=candidates)
+
+
+def _known_tokens(worker: Worker, ticket: Ticket) -> int:
+    """Prompt tokens that a worker is known to hold: blocks, and the beginning of the question in sealed tails."""
+    blocks = sum(worker.resident.get(bytes(ref.key), 0) for ref in ticket.refs)
+    if not worker.tails:
+        return blocks
+    root = root_key(ticket.keys.tenant_salt, (ref.key for ref in ticket.refs))
+    known = itertools.takewhile(worker.tails.__contains__, chain(root, ticket.plan.question_ids))
+    return blocks + SEGMENT_TOKENS * sum(1 for _ in known)
 
 
 def _open(ticket: Ticket, worker: Worker) -> Open:

@@ -30,6 +30,7 @@ class Worker:
     Attributes:
         load: Requests (decode) or blocks (prefill) of this gateway that are under way on it.
         resident: Keys that it was last known to hold: soft state, the worker's own answer is what counts.
+        tails: Keys of sealed segments of conversations, likewise.
     """
 
     address: str
@@ -40,6 +41,7 @@ class Worker:
     detail: str = "not looked at yet"
     load: int = 0
     resident: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
+    tails: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
 
     @property
     def usable(self) -> bool:
@@ -62,6 +64,14 @@ class Worker:
     def prefill(self) -> PrefillAsyncStub:
         """Stub of its Prefill service."""
         return PrefillStub(self.channel)
+
+    def remember_tails(self, keys: Sequence[bytes]) -> None:
+        """Notes that segments of a conversation are sealed on it now."""
+        for key in keys:
+            self.tails[key] = None
+            self.tails.move_to_end(key)
+        while len(self.tails) > _REMEMBERED_KEYS:
+            self.tails.popitem(last=False)
 
     def remember(self, keys: Sequence[tuple[bytes, int]]) -> None:
         """Notes that blocks (key, tokens) are resident on it now."""

@@ -29,6 +29,7 @@ FIGURES: Mapping[str, str] = MappingProxyType(
         "prompt_tokens_total": "Prompt tokens of admitted requests since the start.",
         "generation_tokens_total": "Tokens generated since the start.",
         "steps_total": "Steps run since the start.",
+        "integrity_failures_total": "Times that an idle worker found its memory not to tile: a defect of Drystone.",
         "store_capacity_bytes": "KV bytes that the prefill worker keeps in memory.",
         "store_used_bytes": "KV bytes that it keeps now.",
         "blocks_stored": "Blocks that it keeps now.",

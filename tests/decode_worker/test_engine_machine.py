@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 
 from decode_worker.engine import Engine
+from decode_worker.eviction import LeastFrequentlyUsed, LeastRecentlyUsed
 from decode_worker.pool import Pool
 from decode_worker.request import Fetch, Phase, Request
 from decode_worker.sampling import Choice
@@ -26,12 +27,13 @@ from drystone.v1.generation_pb2 import Priority
 from shared.errors import DrystoneError, Reason
 from shared.internal.v1.common_pb2 import KvEndpoint
 from tests.support.decode_parts import (
+    IDENTITY,
     SHAPE,
     Sink,
     assert_all_free_after_eviction,
     assert_idle,
     block,
-    make_pool,
+    make_arena,
     make_request,
 )
 
@@ -61,7 +63,9 @@ class Play:
         self.alarms: dict[Request, Alarm] = {}
         self.encoding: list[Fetch] = []
         self.stepping: list[StepEntry] = []
-        self.pool: Pool = make_pool(draw.choice([5 * SEGMENT_TOKENS, 9 * SEGMENT_TOKENS + 7, 16 * SEGMENT_TOKENS]))
+        tokens = draw.choice([5 * SEGMENT_TOKENS, 9 * SEGMENT_TOKENS + 7, 16 * SEGMENT_TOKENS])
+        policy = draw.choice([LeastRecentlyUsed, LeastFrequentlyUsed])
+        self.pool = Pool(make_arena(tokens), IDENTITY, policy())
         model: Any = None  # nothing here runs one
         self.engine = Engine(
             model,
@@ -155,6 +159,7 @@ class Play:
 
     def begin_step(self) -> None:
         self.engine._admit()
+        self.life.seat(MAX_SAMPLES)
         entries = compose(self.life.running, BUDGET)
         if not entries:
             return

@@ -23,7 +23,7 @@ SAMPLING = {"max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0, "min_p": 0.0,
 def opener(model: ServedModel) -> Opener:
     tokenizer = tiny_tokenizer().backend_tokenizer
     sampler = Sampler(tokenizer, model.vocabulary_size)
-    return Opener(model, tokenizer, sampler, incarnation=11, default_timeout_seconds=5.0)
+    return Opener(model, tokenizer, sampler, incarnation=11, default_timeout_seconds=5.0, max_samples=8)
 
 
 def message(model: ServedModel, **changes: Any) -> Open:
@@ -50,7 +50,10 @@ def test_a_right_message_becomes_a_request(opener: Opener, model: ServedModel) -
     request = opener.open(1, message(model, expected_incarnation=11), lambda _: None)
     assert (request.prompt_tokens, request.question_start) == (5, 3)
     salted = message(
-        model, tenant_salt=b"a", blocks=[BlockRef(key=model.key_space(b"a").key([5, 6]), token_ids=[5, 6])]
+        model,
+        tenant_salt=b"a",
+        tail_salt=b"a",
+        blocks=[BlockRef(key=model.key_space(b"a").key([5, 6]), token_ids=[5, 6])],
     )
     assert opener.open(2, salted, lambda _: None).question_start == 2
 
@@ -61,7 +64,8 @@ def test_a_key_that_is_not_of_its_tokens_is_refused(opener: Opener, model: Serve
         error = refused(opener, message(model, blocks=[BlockRef(key=key, token_ids=ids)]))
         assert error.reason is Reason.INTERNAL
         assert "not of the tokens" in error.message
-    assert "not of the tokens" in refused(opener, message(model, tenant_salt=b"other")).message
+    salted = message(model, tenant_salt=b"other", tail_salt=b"other")
+    assert "not of the tokens" in refused(opener, salted).message
 
 
 def test_tokens_without_embeddings_are_refused(opener: Opener, model: ServedModel) -> None:
@@ -143,3 +147,38 @@ def test_strangers_are_refused(opener: Opener, model: ServedModel) -> None:
 def test_kv_host_is_one_address(host: str) -> None:
     with pytest.raises(ValueError, match="not a wildcard"):
         DecodeSettings(kv_host=host)
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("n", {"n": 9}),
+        ("n", {"n": 2**32 - 1}),
+        ("sampling.logprobs", {"sampling": SamplingParams(**SAMPLING, logprobs=2**31)}),  # type: ignore[arg-type]
+    ],
+)
+def test_what_would_cost_memory_is_refused_first(
+    opener: Opener, model: ServedModel, field: str, changes: dict[str, Any]
+) -> None:
+    error = refused(opener, message(model, **changes))
+    assert (error.reason, error.field) == (Reason.INVALID_FIELD, field)
+
+
+def test_tails_are_of_the_tenant_whose_blocks_they_follow(opener: Opener, model: ServedModel) -> None:
+    assert refused(opener, message(model, tail_salt=b"other")).reason is Reason.INTERNAL
+
+
+def test_text_that_an_end_told_and_that_was_held_back_before_is_not_told_twice(
+    opener: Opener, model: ServedModel
+) -> None:
+    probe = opener.open(1, message(model, resume=resume(model, ResumeSample(token_ids=[40, 41]))), lambda _: None)
+    said = probe.samples[0].untold
+    stop = SamplingParams(**SAMPLING, stop=[said[-1] + "never"])  # type: ignore[arg-type]
+    for told in (len(said) - 1, len(said)):
+        past = ResumeSample(token_ids=[40, 41], text_chars=told)
+        request = opener.open(1, message(model, sampling=stop, resume=resume(model, past)), lambda _: None)
+        assert said[:told] + request.samples[0].untold + request.samples[0].text.finish() == said
+    beyond = ResumeSample(token_ids=[40, 41], text_chars=len(said) + 1)
+    assert "text_chars" in refused(opener, message(model, sampling=stop, resume=resume(model, beyond))).message
+    ended = ResumeSample(token_ids=[40, 41], text_chars=10**6, finished=True)
+    assert opener.open(1, message(model, resume=resume(model, ended)), lambda _: None).live == []

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
+from typing import Any
 
 import pytest
 
-from decode_worker.tail import SEGMENT_TOKENS, segments_for
+from decode_worker.tail import SEGMENT_TOKENS, Tail, segments_for
 from drystone.v1.sampling_pb2 import FinishReason
 from shared.engine.served_model import ServedModel
 from shared.errors import Reason
 from tests.decode_worker.test_engine import block, driven, reservations
-from tests.support.decode_parts import assert_idle
+from tests.support.decode_parts import assert_idle, make_request
 from tests.support.stacks import until
 
 DRAWN = {"temperature": 1.0, "seed": 11, "max_new_tokens": 9}
@@ -153,13 +153,77 @@ async def test_what_was_said_until_the_deadline_stands(model: ServedModel) -> No
         assert len(sink.token_ids(0)) > 0
 
 
-async def test_more_samples_than_may_run_are_refused_and_others_wait(model: ServedModel) -> None:
+async def test_places_are_for_those_whose_blocks_are_there(model: ServedModel) -> None:
+    async with driven(model, tokens=4000) as run:
+        run.engine._max_samples = 2
+        fetching, _ = run.submit([block(1)], n=2)
+        warm, sink = run.submit(n=2)
+        await run.ended(warm)
+        assert sink.kinds()[-1] == "ended"
+        assert not fetching.finished
+        run.engine.cancel(fetching)
+
+
+async def test_no_more_samples_run_than_there_are_places_and_small_ones_pass_for_a_while(model: ServedModel) -> None:
     async with driven(model, tokens=4000) as run:
         run.engine._max_samples = 3
-        first, _ = run.submit(n=2, max_new_tokens=30)
-        second, sink = run.submit(n=2)
-        assert sink.kinds() == []
-        await asyncio.gather(run.ended(first), run.ended(second))
-        with pytest.raises(Exception, match="4 samples are more than the 3") as caught:
-            run.submit(n=4)
-        assert getattr(caught.value, "reason", None) is Reason.INVALID_SAMPLING
+        most = 0
+        step = run.runner.run
+
+        def counted(entries: Any) -> Any:
+            nonlocal most
+            most = max(most, run.engine.lifecycle.samples)
+            return step(entries)
+
+        run.runner.run = counted  # type: ignore[method-assign]
+        asked = [run.submit(n=n, max_new_tokens=20)[0] for n in (2, 3, 1, 2, 3, 1)]
+        await run.ended(*asked)
+        assert most == 3
+
+
+async def test_a_chain_of_thousands_goes_at_once(model: ServedModel) -> None:
+    """Evicting the root of a long conversation frees all of it, and does not recurse."""
+    async with driven(model, tokens=SEGMENT_TOKENS * 2000) as run:
+        table, sealed = run.pool.blocks, run.pool.sealed
+        tail = Tail(run.pool.arena, 0)
+        for _ in range(2000):
+            extent = run.pool.arena.allocate(SEGMENT_TOKENS)
+            assert extent is not None
+            tail.own.append(extent)
+        tail.filled = 2000 * SEGMENT_TOKENS
+        tokens = [index % 97 for index in range(tail.filled)]
+        keys = sealed.seal(b"root" * 8, tokens, tail)
+        assert len(keys) == len(sealed) == 2000
+        table.drop(keys[0])
+        assert len(sealed) == len(table) == 0
+        assert run.pool.arena.free_records == run.pool.arena.capacity_records
+
+
+async def test_a_request_that_cannot_be_admitted_for_a_defect_fails_alone(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with driven(model) as run:
+        admit = run.pool.admit
+        monkeypatch.setattr(run.pool, "admit", lambda *_, **__: 1 / 0)
+        broken, sink = run.submit()
+        assert sink[-1].failed.reason == Reason.INTERNAL
+        assert broken.finished
+        monkeypatch.setattr(run.pool, "admit", admit)
+        sound, sink = run.submit()
+        await run.ended(sound)
+        assert sink.kinds()[-1] == "ended"
+
+
+async def test_a_failed_try_changes_nothing(model: ServedModel) -> None:
+    async with driven(model, tokens=40 + 4 * SEGMENT_TOKENS) as run:
+        first, sink = run.submit([block(1)])
+        run.engine.encode_here(first, reservations(sink))
+        await run.ended(first)
+        running, _ = run.submit(question=range(4, 12), max_new_tokens=180)
+        version, [held] = run.pool.version, run.pool.blocks.all()
+        hits = held.hits
+        for may_move in (False, True):
+            big = make_request([block(1), block(2, 60)], question=range(4, 12), max_new_tokens=60)
+            assert run.pool.admit(big, may_move=may_move) is None
+        assert (run.pool.version, held.hits, len(run.pool.blocks)) == (version, hits, 1)
+        run.engine.cancel(running)
