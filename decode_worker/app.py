@@ -29,6 +29,7 @@ from decode_worker.service import DecodeService
 from decode_worker.settings import DecodeSettings
 from decode_worker.tail import SEGMENT_TOKENS
 from drystone.v1.operations_pb2 import ProcessRole, ProcessState
+from shared import logs
 from shared.engine import served_model
 from shared.engine.native.encoder import NativeEncoder
 from shared.engine.served_model import ServedModel
@@ -84,6 +85,7 @@ class DecodeApp:
         if isinstance(attention, NativeAttention):
             fused = FusedDecoder.prove(self.model, arena, attention.kernel)
             native = NativeEncoder.prove(self.model, attention.kernel) if fused is not None else None
+        logs.get("engine").info("engine", attention=attention.name, pool_bytes=size, eviction=settings.eviction)
         self._endpoint = KvEndpoint(host=host_name())
         self.engine = Engine(
             self.model,

@@ -19,12 +19,15 @@ from gateway.prompt import PromptLimits, PromptTokenizer, TemplateDefaults
 from gateway.service import GenerationService
 from gateway.settings import GatewaySettings
 from shared import logs
-from shared.metrics import HISTOGRAMS, Metrics
+from shared.metrics import Metrics
 from shared.model.fingerprint import tokenizer_fingerprint
 from shared.rpc.server import RpcServer
 from shared.runtime import cancelled, host_name
 
 _READINESS_SECONDS = 0.2
+
+
+_HISTOGRAMS = ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds")
 
 
 class GatewayApp:
@@ -61,7 +64,7 @@ class GatewayApp:
             poll_seconds=settings.poll_seconds,
             tokenizer_fingerprint=self._tokenizer_fingerprint,
         )
-        self._metrics = Metrics(self._figures, HISTOGRAMS)
+        self._metrics = Metrics(self._figures, _HISTOGRAMS)
         planning = Planning(
             self.cluster,
             self._tokenizer,
