@@ -13,8 +13,8 @@ from decode_worker.step import Placement, RowSpan, StepPlan
 from decode_worker.tail import SEGMENT_TOKENS, Tail
 from shared import logs
 from shared.engine.native.agreement import excess
+from shared.engine.native.builder import NativeKernel
 from shared.engine.native.decoder import NativeDecoder, StepTables, UnfusedError
-from shared.engine.native.library import NativeKernel
 from shared.engine.served_model import ServedModel
 
 _BLOCK_TOKENS = 40

@@ -16,7 +16,7 @@ from prefill_worker.settings import PrefillSettings
 from prefill_worker.shipper import Shipper
 from prefill_worker.store import RamStore
 from shared.engine import served_model
-from shared.engine.native import library
+from shared.engine.native import builder
 from shared.engine.native.encoder import NativeEncoder
 from shared.engine.served_model import ServedModel
 from shared.internal.v1 import prefill_pb2, worker_pb2
@@ -50,7 +50,7 @@ class PrefillApp:
             context_tokens=settings.context_tokens,
         )
         self.identity = WorkerIdentity(worker_id=settings.worker_id, incarnation=secrets.randbits(63) | 1)
-        kernel = library.load(cache_dir() / "kernels") if settings.native_encoder and settings.device == "cpu" else None
+        kernel = builder.load(cache_dir() / "kernels") if settings.native_encoder and settings.device == "cpu" else None
         self._native = NativeEncoder.prove(self.model, kernel) if kernel is not None else None
         self.store = RamStore(settings.store_bytes)
         self.tasks: list[asyncio.Task[None]] = []

@@ -11,9 +11,9 @@ from decode_worker.arena import Arena
 from decode_worker.attention.flash import Angles, FlashStep
 from decode_worker.step import StepPlan
 from decode_worker.tail import SEGMENT_TOKENS
-from shared.engine.native import library
+from shared.engine.native import builder
+from shared.engine.native.builder import NativeKernel
 from shared.engine.native.decoder import KINDS
-from shared.engine.native.library import NativeKernel
 from shared.engine.probe import LayerGeometry
 from shared.engine.seam import AttentionContext
 
@@ -83,4 +83,4 @@ def pieces_table(plan: StepPlan) -> torch.Tensor:
 
 def load(folder: Path) -> NativeKernel | None:
     """The kernel, built into `folder` if it is not there yet; None where it cannot be had, with the reason logged."""
-    return library.load(folder)
+    return builder.load(folder)

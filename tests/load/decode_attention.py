@@ -19,8 +19,8 @@ from decode_worker.attention.flash import FlashAttention
 from decode_worker.attention.native import NativeAttention
 from decode_worker.step import Placement, RowSpan, StepPlan
 from decode_worker.tail import SEGMENT_TOKENS, Tail
-from shared.engine.native import library
-from shared.engine.native.library import NativeKernel
+from shared.engine.native import builder
+from shared.engine.native.builder import NativeKernel
 from shared.engine.probe import LayerGeometry
 from shared.engine.rotation import Rotation, RotationKind
 from shared.engine.seam import AttentionContext
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    kernel = library.load(cache_dir() / "kernels")
+    kernel = builder.load(cache_dir() / "kernels")
     if kernel is None:
         raise SystemExit("the kernel cannot be built here; see the line above")
     print(f"{'type':>10} {'requests':>8} {'rows':>5} {'torch ms':>9} {'kernel ms':>9} {'ratio':>6}")

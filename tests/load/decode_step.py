@@ -25,7 +25,7 @@ from decode_worker.fused import FusedDecoder
 from decode_worker.step import Placement, RowSpan, StepPlan
 from decode_worker.tail import SEGMENT_TOKENS, Tail
 from shared.engine import served_model
-from shared.engine.native import library
+from shared.engine.native import builder
 from shared.engine.served_model import ServedModel
 from shared.model.catalog import DEFAULT, cache_dir, resolve_model
 from tests.load.bandwidth import Floor, read_rate
@@ -86,7 +86,7 @@ class Bench:
         tokens = max(case.passages * case.tokens + case.requests * 4 * SEGMENT_TOKENS for case in CASES)
         self._arena = Arena(shape, shape.extent_bytes(tokens), torch.device("cpu"))
         self._arena.records.normal_(generator=torch.Generator().manual_seed(0))
-        kernel = library.load(cache_dir() / "kernels")
+        kernel = builder.load(cache_dir() / "kernels")
         fused = FusedDecoder.prove(model, self._arena, kernel) if kernel else None
         if kernel is None or fused is None:
             raise SystemExit("the fused decoder cannot be had here; see the line above")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.engine.native.library import NativeKernel
+from shared.engine.native.builder import NativeKernel
 from shared.engine.rotation import Rotation, RotationKind
 from shared.engine.served_model import ServedModel
 

@@ -9,8 +9,8 @@ import torch
 from shared import logs
 from shared.engine.encode import encode_block, new_extent
 from shared.engine.native.agreement import excess
+from shared.engine.native.builder import NativeKernel
 from shared.engine.native.decoder import NativeDecoder, StepTables, UnfusedError
-from shared.engine.native.library import NativeKernel
 from shared.engine.served_model import ServedModel
 
 _PROOF_TOKENS = 70

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from shared.engine.native import library
-from shared.engine.native.library import FLAGS, NativeKernel
+from shared.engine.native import builder
+from shared.engine.native.builder import FLAGS, NativeKernel
 from shared.model.catalog import cache_dir
 
 # What a machine without AVX-512 compiles: the compiler's own vectors in AVX2, bfloat16 widened. Little optimised: it is
@@ -37,6 +37,6 @@ def any_kernel(request: pytest.FixtureRequest) -> NativeKernel:
 def _load(name: str, flags: Sequence[str]) -> NativeKernel:
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
         pytest.skip("needs a C++ compiler")
-    made = library.load(cache_dir() / "kernels", name=name, flags=flags)
+    made = builder.load(cache_dir() / "kernels", name=name, flags=flags)
     assert made is not None, "a machine with a compiler builds the kernels"
     return made

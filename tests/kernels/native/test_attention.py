@@ -13,7 +13,7 @@ from decode_worker.attention.flash import FlashAttention
 from decode_worker.attention.native import NativeAttention
 from decode_worker.step import StepPlan
 from shared.engine.native.agreement import distance
-from shared.engine.native.library import NativeKernel
+from shared.engine.native.builder import NativeKernel
 from shared.engine.probe import LayerGeometry
 from shared.engine.rotation import Rotation, RotationKind
 from shared.kv.layout import KvShape

@@ -16,9 +16,9 @@ from decode_worker.step import StepPlan
 from shared.engine import served_model
 from shared.engine.encode import encode_block, new_extent
 from shared.engine.native.agreement import distance
+from shared.engine.native.builder import NativeKernel
 from shared.engine.native.decoder import NativeDecoder, UnfusedError
 from shared.engine.native.encoder import NativeEncoder
-from shared.engine.native.library import NativeKernel
 from shared.engine.served_model import ServedModel
 from tests.kernels.native.ragged import Ragged
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.engine.native import library
-from shared.engine.native.library import NativeKernel
+from shared.engine.native import builder
+from shared.engine.native.builder import NativeKernel
 
 # Unoptimised: what is looked at is the files that a build leaves.
 _PROGRAM = """
 import pathlib, sys
-from shared.engine.native import library
-kernel = library.load(pathlib.Path(sys.argv[1]), flags=("-O0", "-march=native", "-fopenmp", "-Wno-psabi"))
+from shared.engine.native import builder
+kernel = builder.load(pathlib.Path(sys.argv[1]), flags=("-O0", "-march=native", "-fopenmp", "-Wno-psabi"))
 sys.exit(kernel is None)
 """
 
@@ -38,13 +38,13 @@ def test_a_build_leaves_one_whole_file_that_the_next_process_takes(tmp_path: Pat
 
 def test_without_a_compiler_torch_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert library.load(tmp_path / "kernels", name="drystone_nowhere") is None
+    assert builder.load(tmp_path / "kernels", name="drystone_nowhere") is None
     assert not (tmp_path / "kernels").exists()
 
 
 def test_a_library_that_does_not_load_is_no_kernel(tmp_path: Path) -> None:
-    (tmp_path / f"{library._build_name('drystone_torn', library.FLAGS)}.so").write_bytes(b"\x7fELF torn")
-    assert library.load(tmp_path, name="drystone_torn") is None
+    (tmp_path / f"{builder._build_name('drystone_torn', builder.FLAGS)}.so").write_bytes(b"\x7fELF torn")
+    assert builder.load(tmp_path, name="drystone_torn") is None
 
 
 def test_kernels_take_the_types_and_widths_they_have() -> None:
