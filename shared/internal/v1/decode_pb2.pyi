@@ -656,6 +656,7 @@ class ResidentBlock(_message.Message):
     HITS_FIELD_NUMBER: _builtins.int
     IDLE_MS_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     key: _builtins.bytes
     """Key."""
     tokens: _builtins.int
@@ -670,6 +671,8 @@ class ResidentBlock(_message.Message):
     """Milliseconds since it was used last."""
     pinned: _builtins.bool
     """Kept from eviction by an operator."""
+    tenant: _builtins.str
+    """Tenant of the request that had it shipped."""
     def __init__(
         self,
         *,
@@ -680,10 +683,11 @@ class ResidentBlock(_message.Message):
         hits: _builtins.int = ...,
         idle_ms: _builtins.int = ...,
         pinned: _builtins.bool = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "hits", b"hits", "idle_ms", b"idle_ms", "key", b"key", "pinned", b"pinned", "tokens", b"tokens", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "hits", b"hits", "idle_ms", b"idle_ms", "key", b"key", "pinned", b"pinned", "tenant", b"tenant", "tokens", b"tokens", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

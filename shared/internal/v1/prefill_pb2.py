@@ -26,7 +26,7 @@ from shared.internal.v1 import common_pb2 as drystone_dot_internal_dot_v1_dot_co
 from drystone.v1 import generation_pb2 as drystone_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"drystone/internal/v1/prefill.proto\x12\x14\x64rystone.internal.v1\x1a!drystone/internal/v1/common.proto\x1a\x1c\x64rystone/v1/generation.proto\"\xa8\x01\n\tEncodeJob\x12-\n\x05\x62lock\x18\x01 \x01(\x0b\x32\x1e.drystone.internal.v1.BlockRef\x12\x36\n\x0breservation\x18\x02 \x01(\x0b\x32!.drystone.internal.v1.Reservation\x12\x1e\n\x16previous_owner_address\x18\x03 \x01(\t\x12\x14\n\x0cpeer_address\x18\x04 \x01(\t\"\xd8\x02\n\x13\x45ncodeBlocksRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0btraceparent\x18\x02 \x01(\t\x12\x14\n\x0ctime_left_ms\x18\x03 \x01(\r\x12-\n\x04jobs\x18\x04 \x03(\x0b\x32\x1f.drystone.internal.v1.EncodeJob\x12\x32\n\x08\x65ndpoint\x18\x05 \x01(\x0b\x32 .drystone.internal.v1.KvEndpoint\x12\'\n\x08priority\x18\x06 \x01(\x0e\x32\x15.drystone.v1.Priority\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x08 \x01(\x0c\x12\x0c\n\x04tags\x18\t \x03(\t\x12\x18\n\x0bttl_seconds\x18\n \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0btenant_salt\x18\x0b \x01(\x0c\x42\x0e\n\x0c_ttl_seconds\"\x88\x01\n\x14\x45ncodeBlocksResponse\x12/\n\x04\x64one\x18\x01 \x01(\x0b\x32\x1f.drystone.internal.v1.BlockDoneH\x00\x12\x34\n\x06\x66\x61iled\x18\x02 \x01(\x0b\x32\".drystone.internal.v1.BlockFailureH\x00\x42\t\n\x07outcome\"\xc0\x01\n\tBlockDone\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x30\n\x06source\x18\x02 \x01(\x0e\x32 .drystone.internal.v1.ShipSource\x12\x15\n\rshipped_bytes\x18\x03 \x01(\x04\x12\x11\n\tencode_ms\x18\x04 \x01(\x01\x12\x0f\n\x07ship_ms\x18\x05 \x01(\x01\x12\x10\n\x08\x62irth_id\x18\x06 \x01(\x0c\x12\x15\n\rchunks_resent\x18\x07 \x01(\r\x12\x10\n\x08queue_ms\x18\x08 \x01(\x01\"=\n\x15\x44\x65scribeStoredRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x16\n\x0ewith_token_ids\x18\x02 \x01(\x08\"\xe4\x01\n\x0bStoredBlock\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12/\n\x05tiers\x18\x04 \x03(\x0e\x32 .drystone.internal.v1.ShipSource\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x0c\n\x04hits\x18\x06 \x01(\x04\x12\x0f\n\x07idle_ms\x18\x07 \x01(\x04\x12\x0e\n\x06pinned\x18\x08 \x01(\x08\x12\x0c\n\x04tags\x18\t \x03(\t\x12\x18\n\x0bttl_seconds\x18\n \x01(\x04H\x00\x88\x01\x01\x42\x0e\n\x0c_ttl_seconds\"K\n\x16\x44\x65scribeStoredResponse\x12\x31\n\x06\x62locks\x18\x01 \x03(\x0b\x32!.drystone.internal.v1.StoredBlock\"/\n\x10PinStoredRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\r\n\x05unpin\x18\x02 \x01(\x08\"$\n\x11PinStoredResponse\x12\x0f\n\x07\x63hanged\x18\x01 \x03(\x0c\"#\n\x13\x44\x65leteStoredRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"<\n\x14\x44\x65leteStoredResponse\x12\x0f\n\x07\x64\x65leted\x18\x01 \x03(\x0c\x12\x13\n\x0b\x62ytes_freed\x18\x02 \x01(\x04\x32\xa4\x03\n\x07Prefill\x12g\n\x0c\x45ncodeBlocks\x12).drystone.internal.v1.EncodeBlocksRequest\x1a*.drystone.internal.v1.EncodeBlocksResponse0\x01\x12k\n\x0e\x44\x65scribeBlocks\x12+.drystone.internal.v1.DescribeStoredRequest\x1a,.drystone.internal.v1.DescribeStoredResponse\x12\\\n\tPinBlocks\x12&.drystone.internal.v1.PinStoredRequest\x1a\'.drystone.internal.v1.PinStoredResponse\x12\x65\n\x0c\x44\x65leteBlocks\x12).drystone.internal.v1.DeleteStoredRequest\x1a*.drystone.internal.v1.DeleteStoredResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"drystone/internal/v1/prefill.proto\x12\x14\x64rystone.internal.v1\x1a!drystone/internal/v1/common.proto\x1a\x1c\x64rystone/v1/generation.proto\"\xa8\x01\n\tEncodeJob\x12-\n\x05\x62lock\x18\x01 \x01(\x0b\x32\x1e.drystone.internal.v1.BlockRef\x12\x36\n\x0breservation\x18\x02 \x01(\x0b\x32!.drystone.internal.v1.Reservation\x12\x1e\n\x16previous_owner_address\x18\x03 \x01(\t\x12\x14\n\x0cpeer_address\x18\x04 \x01(\t\"\xfb\x02\n\x13\x45ncodeBlocksRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0btraceparent\x18\x02 \x01(\t\x12\x14\n\x0ctime_left_ms\x18\x03 \x01(\r\x12-\n\x04jobs\x18\x04 \x03(\x0b\x32\x1f.drystone.internal.v1.EncodeJob\x12\x32\n\x08\x65ndpoint\x18\x05 \x01(\x0b\x32 .drystone.internal.v1.KvEndpoint\x12\'\n\x08priority\x18\x06 \x01(\x0e\x32\x15.drystone.v1.Priority\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x08 \x01(\x0c\x12\x0c\n\x04tags\x18\t \x03(\t\x12\x18\n\x0bttl_seconds\x18\n \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0btenant_salt\x18\x0b \x01(\x0c\x12\x14\n\x0ckeep_records\x18\x0c \x01(\x08\x12\x0b\n\x03pin\x18\r \x01(\x08\x42\x0e\n\x0c_ttl_seconds\"\x88\x01\n\x14\x45ncodeBlocksResponse\x12/\n\x04\x64one\x18\x01 \x01(\x0b\x32\x1f.drystone.internal.v1.BlockDoneH\x00\x12\x34\n\x06\x66\x61iled\x18\x02 \x01(\x0b\x32\".drystone.internal.v1.BlockFailureH\x00\x42\t\n\x07outcome\"\x80\x02\n\tBlockDone\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x30\n\x06source\x18\x02 \x01(\x0e\x32 .drystone.internal.v1.ShipSource\x12\x15\n\rshipped_bytes\x18\x03 \x01(\x04\x12\x11\n\tencode_ms\x18\x04 \x01(\x01\x12\x0f\n\x07ship_ms\x18\x05 \x01(\x01\x12\x10\n\x08\x62irth_id\x18\x06 \x01(\x0c\x12\x15\n\rchunks_resent\x18\x07 \x01(\r\x12\x10\n\x08queue_ms\x18\x08 \x01(\x01\x12/\n\x05tiers\x18\t \x03(\x0e\x32 .drystone.internal.v1.ShipSource\x12\r\n\x05\x62ytes\x18\n \x01(\x04\"\xa5\x01\n\x15\x44\x65scribeStoredRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x16\n\x0ewith_token_ids\x18\x02 \x01(\x08\x12\x12\n\nkey_prefix\x18\x03 \x01(\t\x12\x0c\n\x04tags\x18\x04 \x03(\t\x12\x13\n\x06tenant\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x11\n\tafter_key\x18\x06 \x01(\x0c\x12\x11\n\tpage_size\x18\x07 \x01(\rB\t\n\x07_tenant\"\x86\x02\n\x0bStoredBlock\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12/\n\x05tiers\x18\x04 \x03(\x0e\x32 .drystone.internal.v1.ShipSource\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x0c\n\x04hits\x18\x06 \x01(\x04\x12\x0f\n\x07idle_ms\x18\x07 \x01(\x04\x12\x0e\n\x06pinned\x18\x08 \x01(\x08\x12\x0c\n\x04tags\x18\t \x03(\t\x12\x18\n\x0bttl_seconds\x18\n \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06tenant\x18\x0b \x01(\t\x12\x10\n\x08recorded\x18\x0c \x01(\x08\x42\x0e\n\x0c_ttl_seconds\"K\n\x16\x44\x65scribeStoredResponse\x12\x31\n\x06\x62locks\x18\x01 \x03(\x0b\x32!.drystone.internal.v1.StoredBlock\"/\n\x10PinStoredRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\r\n\x05unpin\x18\x02 \x01(\x08\"$\n\x11PinStoredResponse\x12\x0f\n\x07\x63hanged\x18\x01 \x03(\x0c\"#\n\x13\x44\x65leteStoredRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"<\n\x14\x44\x65leteStoredResponse\x12\x0f\n\x07\x64\x65leted\x18\x01 \x03(\x0c\x12\x13\n\x0b\x62ytes_freed\x18\x02 \x01(\x04\"\x9a\x01\n\x0b\x42lockRecord\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x13\n\x0btenant_salt\x18\x04 \x01(\x0c\x12\x0c\n\x04tags\x18\x05 \x03(\t\x12\x18\n\x0bttl_seconds\x18\x06 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06pinned\x18\x07 \x01(\x08\x42\x0e\n\x0c_ttl_seconds\"c\n\x12KeepRecordsRequest\x12\x32\n\x07records\x18\x01 \x03(\x0b\x32!.drystone.internal.v1.BlockRecord\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\x0c\"&\n\x13KeepRecordsResponse\x12\x0f\n\x07\x63hanged\x18\x01 \x01(\r2\x88\x04\n\x07Prefill\x12g\n\x0c\x45ncodeBlocks\x12).drystone.internal.v1.EncodeBlocksRequest\x1a*.drystone.internal.v1.EncodeBlocksResponse0\x01\x12k\n\x0e\x44\x65scribeBlocks\x12+.drystone.internal.v1.DescribeStoredRequest\x1a,.drystone.internal.v1.DescribeStoredResponse\x12\\\n\tPinBlocks\x12&.drystone.internal.v1.PinStoredRequest\x1a\'.drystone.internal.v1.PinStoredResponse\x12\x65\n\x0c\x44\x65leteBlocks\x12).drystone.internal.v1.DeleteStoredRequest\x1a*.drystone.internal.v1.DeleteStoredResponse\x12\x62\n\x0bKeepRecords\x12(.drystone.internal.v1.KeepRecordsRequest\x1a).drystone.internal.v1.KeepRecordsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,25 +36,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENCODEJOB']._serialized_start=126
   _globals['_ENCODEJOB']._serialized_end=294
   _globals['_ENCODEBLOCKSREQUEST']._serialized_start=297
-  _globals['_ENCODEBLOCKSREQUEST']._serialized_end=641
-  _globals['_ENCODEBLOCKSRESPONSE']._serialized_start=644
-  _globals['_ENCODEBLOCKSRESPONSE']._serialized_end=780
-  _globals['_BLOCKDONE']._serialized_start=783
-  _globals['_BLOCKDONE']._serialized_end=975
-  _globals['_DESCRIBESTOREDREQUEST']._serialized_start=977
-  _globals['_DESCRIBESTOREDREQUEST']._serialized_end=1038
-  _globals['_STOREDBLOCK']._serialized_start=1041
-  _globals['_STOREDBLOCK']._serialized_end=1269
-  _globals['_DESCRIBESTOREDRESPONSE']._serialized_start=1271
-  _globals['_DESCRIBESTOREDRESPONSE']._serialized_end=1346
-  _globals['_PINSTOREDREQUEST']._serialized_start=1348
-  _globals['_PINSTOREDREQUEST']._serialized_end=1395
-  _globals['_PINSTOREDRESPONSE']._serialized_start=1397
-  _globals['_PINSTOREDRESPONSE']._serialized_end=1433
-  _globals['_DELETESTOREDREQUEST']._serialized_start=1435
-  _globals['_DELETESTOREDREQUEST']._serialized_end=1470
-  _globals['_DELETESTOREDRESPONSE']._serialized_start=1472
-  _globals['_DELETESTOREDRESPONSE']._serialized_end=1532
-  _globals['_PREFILL']._serialized_start=1535
-  _globals['_PREFILL']._serialized_end=1955
+  _globals['_ENCODEBLOCKSREQUEST']._serialized_end=676
+  _globals['_ENCODEBLOCKSRESPONSE']._serialized_start=679
+  _globals['_ENCODEBLOCKSRESPONSE']._serialized_end=815
+  _globals['_BLOCKDONE']._serialized_start=818
+  _globals['_BLOCKDONE']._serialized_end=1074
+  _globals['_DESCRIBESTOREDREQUEST']._serialized_start=1077
+  _globals['_DESCRIBESTOREDREQUEST']._serialized_end=1242
+  _globals['_STOREDBLOCK']._serialized_start=1245
+  _globals['_STOREDBLOCK']._serialized_end=1507
+  _globals['_DESCRIBESTOREDRESPONSE']._serialized_start=1509
+  _globals['_DESCRIBESTOREDRESPONSE']._serialized_end=1584
+  _globals['_PINSTOREDREQUEST']._serialized_start=1586
+  _globals['_PINSTOREDREQUEST']._serialized_end=1633
+  _globals['_PINSTOREDRESPONSE']._serialized_start=1635
+  _globals['_PINSTOREDRESPONSE']._serialized_end=1671
+  _globals['_DELETESTOREDREQUEST']._serialized_start=1673
+  _globals['_DELETESTOREDREQUEST']._serialized_end=1708
+  _globals['_DELETESTOREDRESPONSE']._serialized_start=1710
+  _globals['_DELETESTOREDRESPONSE']._serialized_end=1770
+  _globals['_BLOCKRECORD']._serialized_start=1773
+  _globals['_BLOCKRECORD']._serialized_end=1927
+  _globals['_KEEPRECORDSREQUEST']._serialized_start=1929
+  _globals['_KEEPRECORDSREQUEST']._serialized_end=2028
+  _globals['_KEEPRECORDSRESPONSE']._serialized_start=2030
+  _globals['_KEEPRECORDSRESPONSE']._serialized_end=2068
+  _globals['_PREFILL']._serialized_start=2071
+  _globals['_PREFILL']._serialized_end=2591
 # @@protoc_insertion_point(module_scope)

@@ -75,6 +75,8 @@ class EncodeBlocksRequest(_message.Message):
     TAGS_FIELD_NUMBER: _builtins.int
     TTL_SECONDS_FIELD_NUMBER: _builtins.int
     TENANT_SALT_FIELD_NUMBER: _builtins.int
+    KEEP_RECORDS_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's name, for logs."""
     traceparent: _builtins.str
@@ -93,6 +95,10 @@ class EncodeBlocksRequest(_message.Message):
     """Salt that block keys were made with; empty where tenants share. The worker makes every key anew and refuses
     one that is not of its tokens.
     """
+    keep_records: _builtins.bool
+    """Keep a record of each block, which outlives its KV: its key stays valid until it is deleted or expires."""
+    pin: _builtins.bool
+    """Keep the blocks from eviction."""
     @_builtins.property
     def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___EncodeJob]:
         """Jobs, in the order in which their results are wanted."""
@@ -119,10 +125,12 @@ class EncodeBlocksRequest(_message.Message):
         tags: _abc.Iterable[_builtins.str] | None = ...,
         ttl_seconds: _builtins.int | None = ...,
         tenant_salt: _builtins.bytes = ...,
+        keep_records: _builtins.bool = ...,
+        pin: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "endpoint", b"endpoint", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "endpoint", b"endpoint", "jobs", b"jobs", "model_fingerprint", b"model_fingerprint", "priority", b"priority", "request_id", b"request_id", "tags", b"tags", "tenant", b"tenant", "tenant_salt", b"tenant_salt", "time_left_ms", b"time_left_ms", "traceparent", b"traceparent", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "endpoint", b"endpoint", "jobs", b"jobs", "keep_records", b"keep_records", "model_fingerprint", b"model_fingerprint", "pin", b"pin", "priority", b"priority", "request_id", b"request_id", "tags", b"tags", "tenant", b"tenant", "tenant_salt", b"tenant_salt", "time_left_ms", b"time_left_ms", "traceparent", b"traceparent", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
     _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
@@ -176,6 +184,8 @@ class BlockDone(_message.Message):
     BIRTH_ID_FIELD_NUMBER: _builtins.int
     CHUNKS_RESENT_FIELD_NUMBER: _builtins.int
     QUEUE_MS_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
     key: _builtins.bytes
     """Key."""
     source: _common_pb2.ShipSource.ValueType
@@ -192,6 +202,12 @@ class BlockDone(_message.Message):
     """Chunks that were sent more than once."""
     queue_ms: _builtins.float
     """Milliseconds the job waited before it was begun."""
+    bytes: _builtins.int
+    """Bytes of its KV."""
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedScalarFieldContainer[_common_pb2.ShipSource.ValueType]:
+        """Tiers of this worker that hold the block now; filled in for jobs that are not shipped."""
+
     def __init__(
         self,
         *,
@@ -203,10 +219,12 @@ class BlockDone(_message.Message):
         birth_id: _builtins.bytes = ...,
         chunks_resent: _builtins.int = ...,
         queue_ms: _builtins.float = ...,
+        tiers: _abc.Iterable[_common_pb2.ShipSource.ValueType] | None = ...,
+        bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["birth_id", b"birth_id", "chunks_resent", b"chunks_resent", "encode_ms", b"encode_ms", "key", b"key", "queue_ms", b"queue_ms", "ship_ms", b"ship_ms", "shipped_bytes", b"shipped_bytes", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["birth_id", b"birth_id", "bytes", b"bytes", "chunks_resent", b"chunks_resent", "encode_ms", b"encode_ms", "key", b"key", "queue_ms", b"queue_ms", "ship_ms", b"ship_ms", "shipped_bytes", b"shipped_bytes", "source", b"source", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -214,29 +232,53 @@ Global___BlockDone: _TypeAlias = BlockDone  # noqa: Y015
 
 @_typing.final
 class DescribeStoredRequest(_message.Message):
-    """Which stored blocks."""
+    """Which stored blocks. Fields that are set must all match."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     KEYS_FIELD_NUMBER: _builtins.int
     WITH_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    KEY_PREFIX_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    AFTER_KEY_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
     with_token_ids: _builtins.bool
     """Return token ids too."""
+    key_prefix: _builtins.str
+    """Beginning of a key, in lower-case hexadecimal digits."""
+    tenant: _builtins.str
+    """Tenant whose blocks are described; empty is a tenant too. Absent: every tenant's."""
+    after_key: _builtins.bytes
+    """Only keys after this one, in the order of their bytes. Empty: from the first."""
+    page_size: _builtins.int
+    """Most blocks to return, in the order of their keys. 0: all."""
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Keys; none means all."""
+
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tags, any of which matches."""
 
     def __init__(
         self,
         *,
         keys: _abc.Iterable[_builtins.bytes] | None = ...,
         with_token_ids: _builtins.bool = ...,
+        key_prefix: _builtins.str = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        tenant: _builtins.str | None = ...,
+        after_key: _builtins.bytes = ...,
+        page_size: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "tenant", b"tenant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "with_token_ids", b"with_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "after_key", b"after_key", "key_prefix", b"key_prefix", "keys", b"keys", "page_size", b"page_size", "tags", b"tags", "tenant", b"tenant", "with_token_ids", b"with_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
 
 Global___DescribeStoredRequest: _TypeAlias = DescribeStoredRequest  # noqa: Y015
 
@@ -256,6 +298,8 @@ class StoredBlock(_message.Message):
     PINNED_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
     TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    RECORDED_FIELD_NUMBER: _builtins.int
     key: _builtins.bytes
     """Key."""
     tokens: _builtins.int
@@ -270,6 +314,10 @@ class StoredBlock(_message.Message):
     """Kept from eviction."""
     ttl_seconds: _builtins.int
     """Seconds until its record ends; absent when it does not."""
+    tenant: _builtins.str
+    """Tenant whose block it is."""
+    recorded: _builtins.bool
+    """True when a record keeps its key valid without its KV."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids, when asked for."""
@@ -295,10 +343,12 @@ class StoredBlock(_message.Message):
         pinned: _builtins.bool = ...,
         tags: _abc.Iterable[_builtins.str] | None = ...,
         ttl_seconds: _builtins.int | None = ...,
+        tenant: _builtins.str = ...,
+        recorded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "bytes", b"bytes", "hits", b"hits", "idle_ms", b"idle_ms", "key", b"key", "pinned", b"pinned", "tags", b"tags", "tiers", b"tiers", "token_ids", b"token_ids", "tokens", b"tokens", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "bytes", b"bytes", "hits", b"hits", "idle_ms", b"idle_ms", "key", b"key", "pinned", b"pinned", "recorded", b"recorded", "tags", b"tags", "tenant", b"tenant", "tiers", b"tiers", "token_ids", b"token_ids", "tokens", b"tokens", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
     _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
@@ -433,3 +483,105 @@ class DeleteStoredResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteStoredResponse: _TypeAlias = DeleteStoredResponse  # noqa: Y015
+
+@_typing.final
+class BlockRecord(_message.Message):
+    """What outlives a block's KV: enough to encode it again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    TENANT_SALT_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    """Key."""
+    tenant: _builtins.str
+    """Tenant whose block it is."""
+    tenant_salt: _builtins.bytes
+    """Salt that the key was made with; empty where tenants share."""
+    ttl_seconds: _builtins.int
+    """Seconds until it ends; absent when it does not."""
+    pinned: _builtins.bool
+    """Kept from eviction."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids."""
+
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tags."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        tenant: _builtins.str = ...,
+        tenant_salt: _builtins.bytes = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        ttl_seconds: _builtins.int | None = ...,
+        pinned: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "key", b"key", "pinned", b"pinned", "tags", b"tags", "tenant", b"tenant", "tenant_salt", b"tenant_salt", "token_ids", b"token_ids", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
+    _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_seconds) -> _WhichOneofReturnType__ttl_seconds | None: ...
+
+Global___BlockRecord: _TypeAlias = BlockRecord  # noqa: Y015
+
+@_typing.final
+class KeepRecordsRequest(_message.Message):
+    """Records to keep."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORDS_FIELD_NUMBER: _builtins.int
+    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    model_fingerprint: _builtins.bytes
+    """Fingerprint that keys were made with, 32 bytes; another one is refused."""
+    @_builtins.property
+    def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockRecord]:
+        """The records."""
+
+    def __init__(
+        self,
+        *,
+        records: _abc.Iterable[Global___BlockRecord] | None = ...,
+        model_fingerprint: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_fingerprint", b"model_fingerprint", "records", b"records"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepRecordsRequest: _TypeAlias = KeepRecordsRequest  # noqa: Y015
+
+@_typing.final
+class KeepRecordsResponse(_message.Message):
+    """Records that were kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGED_FIELD_NUMBER: _builtins.int
+    changed: _builtins.int
+    """How many are kept now that were not, or not alike, before."""
+    def __init__(
+        self,
+        *,
+        changed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepRecordsResponse: _TypeAlias = KeepRecordsResponse  # noqa: Y015

@@ -55,6 +55,11 @@ class PrefillStub(object):
                 request_serializer=drystone_dot_internal_dot_v1_dot_prefill__pb2.DeleteStoredRequest.SerializeToString,
                 response_deserializer=drystone_dot_internal_dot_v1_dot_prefill__pb2.DeleteStoredResponse.FromString,
                 _registered_method=True)
+        self.KeepRecords = channel.unary_unary(
+                '/drystone.internal.v1.Prefill/KeepRecords',
+                request_serializer=drystone_dot_internal_dot_v1_dot_prefill__pb2.KeepRecordsRequest.SerializeToString,
+                response_deserializer=drystone_dot_internal_dot_v1_dot_prefill__pb2.KeepRecordsResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillServicer(object):
@@ -84,7 +89,14 @@ class PrefillServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteBlocks(self, request, context):
-        """Removes blocks from every tier that this worker writes.
+        """Removes blocks and their records from every tier that this worker writes, before it answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def KeepRecords(self, request, context):
+        """Keeps copies of records whose KV another prefill worker holds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,6 +124,11 @@ def add_PrefillServicer_to_server(servicer, server):
                     servicer.DeleteBlocks,
                     request_deserializer=drystone_dot_internal_dot_v1_dot_prefill__pb2.DeleteStoredRequest.FromString,
                     response_serializer=drystone_dot_internal_dot_v1_dot_prefill__pb2.DeleteStoredResponse.SerializeToString,
+            ),
+            'KeepRecords': grpc.unary_unary_rpc_method_handler(
+                    servicer.KeepRecords,
+                    request_deserializer=drystone_dot_internal_dot_v1_dot_prefill__pb2.KeepRecordsRequest.FromString,
+                    response_serializer=drystone_dot_internal_dot_v1_dot_prefill__pb2.KeepRecordsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +240,33 @@ class Prefill(object):
             '/drystone.internal.v1.Prefill/DeleteBlocks',
             drystone_dot_internal_dot_v1_dot_prefill__pb2.DeleteStoredRequest.SerializeToString,
             drystone_dot_internal_dot_v1_dot_prefill__pb2.DeleteStoredResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def KeepRecords(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drystone.internal.v1.Prefill/KeepRecords',
+            drystone_dot_internal_dot_v1_dot_prefill__pb2.KeepRecordsRequest.SerializeToString,
+            drystone_dot_internal_dot_v1_dot_prefill__pb2.KeepRecordsResponse.FromString,
             options,
             channel_credentials,
             insecure,

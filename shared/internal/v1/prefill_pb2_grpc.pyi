@@ -42,7 +42,9 @@ class PrefillStub:
     PinBlocks: _grpc.UnaryUnaryMultiCallable[_prefill_pb2.PinStoredRequest, _prefill_pb2.PinStoredResponse]
     """Pins or unpins stored blocks."""
     DeleteBlocks: _grpc.UnaryUnaryMultiCallable[_prefill_pb2.DeleteStoredRequest, _prefill_pb2.DeleteStoredResponse]
-    """Removes blocks from every tier that this worker writes."""
+    """Removes blocks and their records from every tier that this worker writes, before it answers."""
+    KeepRecords: _grpc.UnaryUnaryMultiCallable[_prefill_pb2.KeepRecordsRequest, _prefill_pb2.KeepRecordsResponse]
+    """Keeps copies of records whose KV another prefill worker holds."""
 
 @_typing.type_check_only
 class PrefillAsyncStub(PrefillStub):
@@ -58,7 +60,9 @@ class PrefillAsyncStub(PrefillStub):
     PinBlocks: _aio.UnaryUnaryMultiCallable[_prefill_pb2.PinStoredRequest, _prefill_pb2.PinStoredResponse]  # type: ignore[assignment]
     """Pins or unpins stored blocks."""
     DeleteBlocks: _aio.UnaryUnaryMultiCallable[_prefill_pb2.DeleteStoredRequest, _prefill_pb2.DeleteStoredResponse]  # type: ignore[assignment]
-    """Removes blocks from every tier that this worker writes."""
+    """Removes blocks and their records from every tier that this worker writes, before it answers."""
+    KeepRecords: _aio.UnaryUnaryMultiCallable[_prefill_pb2.KeepRecordsRequest, _prefill_pb2.KeepRecordsResponse]  # type: ignore[assignment]
+    """Keeps copies of records whose KV another prefill worker holds."""
 
 class PrefillServicer(metaclass=_abc_1.ABCMeta):
     """Encodes blocks once, keeps them, ships them."""
@@ -95,6 +99,14 @@ class PrefillServicer(metaclass=_abc_1.ABCMeta):
         request: _prefill_pb2.DeleteStoredRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_prefill_pb2.DeleteStoredResponse, _abc.Awaitable[_prefill_pb2.DeleteStoredResponse]]:
-        """Removes blocks from every tier that this worker writes."""
+        """Removes blocks and their records from every tier that this worker writes, before it answers."""
+
+    @_abc_1.abstractmethod
+    def KeepRecords(
+        self,
+        request: _prefill_pb2.KeepRecordsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_prefill_pb2.KeepRecordsResponse, _abc.Awaitable[_prefill_pb2.KeepRecordsResponse]]:
+        """Keeps copies of records whose KV another prefill worker holds."""
 
 def add_PrefillServicer_to_server(servicer: PrefillServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

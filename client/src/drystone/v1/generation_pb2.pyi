@@ -488,6 +488,8 @@ class WarmResponse(_message.Message):
     TOKENS_ENCODED_FIELD_NUMBER: _builtins.int
     BYTES_STORED_FIELD_NUMBER: _builtins.int
     DOCUMENTS_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    BLOCKS_ENCODED_FIELD_NUMBER: _builtins.int
     documents_done: _builtins.int
     """Documents done so far, of this call."""
     documents_total: _builtins.int
@@ -496,9 +498,15 @@ class WarmResponse(_message.Message):
     """Tokens encoded so far, of this call."""
     bytes_stored: _builtins.int
     """Bytes of KV stored so far, of this call."""
+    blocks_encoded: _builtins.int
+    """Blocks that this call encoded so far; the others were there."""
     @_builtins.property
     def documents(self) -> _containers.RepeatedCompositeFieldContainer[Global___WarmedDocument]:
         """Documents whose state changed since the last event."""
+
+    @_builtins.property
+    def stored(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockLocation]:
+        """Where the KV of this call's documents lies so far: one entry for each place and source, bytes summed."""
 
     def __init__(
         self,
@@ -508,10 +516,12 @@ class WarmResponse(_message.Message):
         tokens_encoded: _builtins.int = ...,
         bytes_stored: _builtins.int = ...,
         documents: _abc.Iterable[Global___WarmedDocument] | None = ...,
+        stored: _abc.Iterable[Global___BlockLocation] | None = ...,
+        blocks_encoded: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_stored", b"bytes_stored", "documents", b"documents", "documents_done", b"documents_done", "documents_total", b"documents_total", "tokens_encoded", b"tokens_encoded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_encoded", b"blocks_encoded", "bytes_stored", b"bytes_stored", "documents", b"documents", "documents_done", b"documents_done", "documents_total", b"documents_total", "stored", b"stored", "tokens_encoded", b"tokens_encoded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -647,6 +657,8 @@ class BlockDescription(_message.Message):
     PINNED_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
     TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    RECORDED_FIELD_NUMBER: _builtins.int
     block_key: _builtins.str
     """64 hexadecimal digits."""
     tokens: _builtins.int
@@ -659,6 +671,10 @@ class BlockDescription(_message.Message):
     """Kept from eviction."""
     ttl_seconds: _builtins.int
     """Seconds until its record ends; absent when it does not."""
+    tenant: _builtins.str
+    """Tenant whose block it is."""
+    recorded: _builtins.bool
+    """True when a record keeps its key valid without its KV."""
     @_builtins.property
     def locations(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockLocation]:
         """Places that hold its KV now."""
@@ -678,10 +694,12 @@ class BlockDescription(_message.Message):
         pinned: _builtins.bool = ...,
         tags: _abc.Iterable[_builtins.str] | None = ...,
         ttl_seconds: _builtins.int | None = ...,
+        tenant: _builtins.str = ...,
+        recorded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "block_key", b"block_key", "hits", b"hits", "idle_ms", b"idle_ms", "locations", b"locations", "pinned", b"pinned", "tags", b"tags", "tokens", b"tokens", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "block_key", b"block_key", "hits", b"hits", "idle_ms", b"idle_ms", "locations", b"locations", "pinned", b"pinned", "recorded", b"recorded", "tags", b"tags", "tenant", b"tenant", "tokens", b"tokens", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
     _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015

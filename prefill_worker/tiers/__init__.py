@@ -1,0 +1,1 @@
+"""Where encoded blocks are kept: memory, local disk, an object store; each behind one interface."""
