@@ -25,6 +25,7 @@ class Block:
         held: Kept from eviction by an operator.
         transient: Freed by its last pin: a FULL block that nobody asked to store, a segment that samples share.
         segment: A segment of a tail.
+        tenant: Whose request had it shipped first.
         rank: By which it would be evicted, set when it came to rest.
     """
 
@@ -37,6 +38,7 @@ class Block:
     transient: bool = False
     dropped: bool = False
     segment: bool = False
+    tenant: str = ""
     rank: float = 0.0
 
     @property
@@ -109,9 +111,9 @@ class BlockTable:
         block = self._blocks.get(key)
         return None if block is None else Pin(self, block)
 
-    def add(self, key: bytes, extent: Extent, *, store: bool, segment: bool = False) -> Block:
+    def add(self, key: bytes, extent: Extent, *, store: bool, segment: bool = False, tenant: str = "") -> Block:
         """Makes a filled extent resident; the table owns it from here. Without `store` its last pin frees it."""
-        block = Block(key, extent, last_used=time.monotonic(), transient=not store, segment=segment)
+        block = Block(key, extent, last_used=time.monotonic(), transient=not store, segment=segment, tenant=tenant)
         self._blocks[key] = block
         self._rest(block)
         return block

@@ -41,9 +41,9 @@ class FetchTable:
         """Every open fetch."""
         return list(self._by_id.values())
 
-    def open(self, key: bytes, token_ids: Sequence[int], extent: Extent, *, store: bool) -> Fetch:
+    def open(self, key: bytes, token_ids: Sequence[int], extent: Extent, *, store: bool, tenant: str = "") -> Fetch:
         """Begins a fetch into `extent`, which the table owns from here."""
-        fetch = Fetch(key, token_ids, extent, self._next_id, store)
+        fetch = Fetch(key, token_ids, extent, self._next_id, store, tenant)
         self._next_id += 1
         self._by_key[key] = self._by_id[fetch.reservation_id] = fetch
         return fetch

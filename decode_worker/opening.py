@@ -100,6 +100,7 @@ class Opener:
             keep_tail=message.keep_tail,
             reuse_tail=message.reuse_tail,
             tail_salt=message.tail_salt,
+            tenant=message.tenant,
         )
         self._check_context(request)
         return request

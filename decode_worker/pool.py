@@ -124,7 +124,9 @@ class Pool:
                 reader.copy_in(match.partial.extent, match.tokens_of_partial)
         request.tail_tokens_reused = match.tokens
         return [
-            self.fetches.open(bytes(ref.key), ref.token_ids, extents[bytes(ref.key)], store=ref.store)
+            self.fetches.open(
+                bytes(ref.key), ref.token_ids, extents[bytes(ref.key)], store=ref.store, tenant=request.tenant
+            )
             for ref in missing
         ]
 
@@ -163,7 +165,7 @@ class Pool:
 
     def commit(self, fetch: Fetch) -> list[Request]:
         """Makes a fetched block resident and pins it for its waiters; returns those that now have everything."""
-        block = self.blocks.add(fetch.key, self.fetches.close(fetch), store=fetch.store)
+        block = self.blocks.add(fetch.key, self.fetches.close(fetch), store=fetch.store, tenant=fetch.tenant)
         complete = []
         elapsed_ms = (time.monotonic() - fetch.reserved_at) * 1e3
         for request in fetch.waiters:
@@ -215,6 +217,7 @@ class Pool:
             return
         read = request.question_ids[: lead.tail.filled]
         held = self.sealed.share(request.tail_root, read, lead.tail, keep=request.keep_tail)
+        self._note_root(request)
         for sample in others:
             if sample.tail is not None:
                 sample.tail.hold([pin.again() for pin in held])
@@ -227,7 +230,12 @@ class Pool:
         if tail is None:
             return []
         tokens = [*request.question_ids, *sample.generated][: tail.filled]
-        return self.sealed.seal(request.tail_root, tokens, tail)
+        keys = self.sealed.seal(request.tail_root, tokens, tail)
+        self._note_root(request)
+        return keys
+
+    def _note_root(self, request: Request) -> None:
+        self.sealed.stands_on(request.tail_root, (bytes(block.key) for block in request.blocks))
 
     def check_integrity(self, running: list[Request]) -> None:
         """Raises AssertionError unless every record is free or owned once, and pins belong to `running`."""

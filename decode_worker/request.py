@@ -46,6 +46,7 @@ class Request:
         keep_tail: Seal the tails at the end, for follow-ups.
         reuse_tail: Begin with what is sealed already.
         tail_salt: Of the tails' keys.
+        tenant: On whose behalf it runs.
         tail_keys: Sealed segments, once samples have ended.
         tail_tokens_reused: Question tokens that a sealed tail held already.
     """
@@ -63,6 +64,7 @@ class Request:
     keep_tail: bool = False
     reuse_tail: bool = False
     tail_salt: bytes = b""
+    tenant: str = ""
     phase: Phase = Phase.WAITING
     arrived: float = field(default_factory=time.monotonic)
     admitted: float = 0.0
@@ -127,6 +129,8 @@ class Fetch:
     """One block on its way. `waiters[0]` drives.
 
     Attributes:
+        store: Keep the block after its users; a deletion on the way takes it back.
+        tenant: Whose request opened it.
         birth_id: Birth offered in this epoch; empty before the offer.
         taken: Chunks verified in this epoch.
         moved_at: `time.monotonic()` of the last chunk taken, or of the last drive.
@@ -138,6 +142,7 @@ class Fetch:
     extent: Extent
     reservation_id: int
     store: bool
+    tenant: str = ""
     epoch: int = 1
     waiters: list[Request] = field(default_factory=list)
     birth_id: bytes = b""

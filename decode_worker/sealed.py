@@ -13,7 +13,7 @@ rest before what they follow, and what follows an evicted segment goes with it.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 
@@ -63,6 +63,8 @@ class SealedTails:
         self._table = table
         self._segments: dict[bytes, _Segment] = {}
         self._children: dict[bytes, dict[bytes, None]] = {}
+        # Keys of the blocks that a root with children stands for.
+        self._over: dict[bytes, frozenset[bytes]] = {}
         table.listeners.append(self._removed)
 
     def __len__(self) -> int:
@@ -147,6 +149,17 @@ class SealedTails:
                 self._table.rest_again(block)
         return [key for key in keys if key in self._segments]
 
+    def stands_on(self, root: bytes, blocks: Iterable[bytes]) -> None:
+        """Notes which blocks a root stands for, so that its chains can be dropped with any of them."""
+        if root in self._children:
+            self._over[root] = frozenset(blocks)
+
+    def drop_over(self, blocks: Collection[bytes]) -> None:
+        """Drops every chain that was read over one of these blocks."""
+        for root in [root for root, over in self._over.items() if not over.isdisjoint(blocks)]:
+            for key in list(self._children[root]):
+                self._table.drop(key)
+
     def _drop_beginnings_of(self, parent: bytes, part: tuple[int, ...]) -> None:
         """What a longer segment begins with is of no more use by itself."""
         for key in self._newest(parent):
@@ -161,6 +174,8 @@ class SealedTails:
                 raise AssertionError(f"sealed segment {key.hex()} is not where its chain says")
         if sum(map(len, self._children.values())) != len(self._segments):
             raise AssertionError("chains name segments that are gone")
+        if not self._over.keys() <= self._children.keys():
+            raise AssertionError("roots without a chain are remembered")
 
     def _index(self, key: bytes, parent: bytes, part: tuple[int, ...]) -> None:
         self._segments[key] = _Segment(parent, part)
@@ -193,6 +208,7 @@ class SealedTails:
         del siblings[key]
         if not siblings:
             del self._children[segment.parent]
+            self._over.pop(segment.parent, None)
         return True
 
 

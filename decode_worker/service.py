@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 import grpc
 
 from decode_worker import messages
 from decode_worker.engine import Engine
 from decode_worker.opening import Opener
+from decode_worker.operating import describe, drop, pin
 from decode_worker.request import Request
 from shared import logs
-from shared.errors import DrystoneError, Reason, not_in_this_version
+from shared.errors import DrystoneError, Reason
 from shared.internal.v1 import decode_pb2 as pb
 from shared.internal.v1.decode_pb2_grpc import DecodeServicer
 
@@ -30,6 +30,7 @@ class DecodeService(DecodeServicer):
     def __init__(self, engine: Engine, opener: Opener) -> None:
         self._engine = engine
         self._opener = opener
+        self._log = logs.get("decode")
 
     async def Generate(
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Context
@@ -49,31 +50,21 @@ class DecodeService(DecodeServicer):
         self, request: pb.DescribeResidentRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> pb.DescribeResidentResponse:
         """Resident blocks."""
-        wanted, now = set(request.keys), time.monotonic()
-        shape = self._engine.pool.arena.shape
-        return pb.DescribeResidentResponse(
-            blocks=[
-                pb.ResidentBlock(
-                    key=block.key,
-                    tokens=block.extent.tokens,
-                    bytes=shape.extent_bytes(block.extent.tokens),
-                    users=block.pins,
-                    hits=block.hits,
-                    idle_ms=int((now - block.last_used) * 1e3),
-                    pinned=block.held,
-                )
-                for block in self._engine.pool.blocks.all()
-                if not block.segment and (not wanted or block.key in wanted)
-            ]
-        )
+        return pb.DescribeResidentResponse(blocks=describe(self._engine.pool, request.keys))
 
-    async def PinBlocks(self, request: pb.PinResidentRequest, context: Any) -> pb.PinResidentResponse:
-        """Not in this version."""
-        raise not_in_this_version("Decode.PinBlocks")
+    async def PinBlocks(
+        self, request: pb.PinResidentRequest, context: grpc.aio.ServicerContext[object, object]
+    ) -> pb.PinResidentResponse:
+        """Keeps resident blocks from eviction, or lets them go again."""
+        return pb.PinResidentResponse(changed=pin(self._engine.pool, request.keys, held=not request.unpin))
 
-    async def DropBlocks(self, request: pb.DropResidentRequest, context: Any) -> pb.DropResidentResponse:
-        """Not in this version."""
-        raise not_in_this_version("Decode.DropBlocks")
+    async def DropBlocks(
+        self, request: pb.DropResidentRequest, context: grpc.aio.ServicerContext[object, object]
+    ) -> pb.DropResidentResponse:
+        """Takes blocks out of the cache: no request that is admitted from now on finds them."""
+        dropped, freed = drop(self._engine.pool, request.keys)
+        self._log.info("dropped", blocks=len(dropped), bytes_freed=freed)
+        return pb.DropResidentResponse(dropped=dropped, bytes_freed=freed)
 
 
 class _Session:

@@ -12,7 +12,9 @@ from shared.internal.v1.common_pb2 import ShipSource
 from shared.internal.v1.decode_pb2 import Admitted, Arrival, Ended, SampleEnded
 from shared.metrics import Metrics
 
-_SOURCES = {
+# Place of what lies in the object store, which belongs to no worker.
+OBJECT_STORE = "object-store"
+SOURCES = {
     ShipSource.SHIP_SOURCE_RAM: BlockSource.BLOCK_SOURCE_PREFILL_RAM,
     ShipSource.SHIP_SOURCE_DISK: BlockSource.BLOCK_SOURCE_PREFILL_DISK,
     ShipSource.SHIP_SOURCE_OBJECT_STORE: BlockSource.BLOCK_SOURCE_OBJECT_STORE,
@@ -112,6 +114,6 @@ def _fill(stats: BlockStats, arrival: Arrival, fetcher: Fetcher) -> None:
         return
     stats.failed_attempts.extend(record.failed_attempts)
     if arrival.source == BlockSource.BLOCK_SOURCE_UNSPECIFIED and record.done is not None:
-        stats.source = _SOURCES.get(record.done.source, BlockSource.BLOCK_SOURCE_UNSPECIFIED)
+        stats.source = SOURCES.get(record.done.source, BlockSource.BLOCK_SOURCE_UNSPECIFIED)
         stats.encode_ms, stats.ship_ms = record.done.encode_ms, record.done.ship_ms
         stats.worker_id = record.worker_id

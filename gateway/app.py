@@ -11,6 +11,7 @@ import grpc
 from drystone.v1 import generation_pb2, operations_pb2
 from drystone.v1.generation_pb2_grpc import add_GenerationServicer_to_server
 from drystone.v1.operations_pb2_grpc import add_OperationsServicer_to_server
+from gateway.block_life import BlockLife
 from gateway.cluster import Cluster
 from gateway.fetcher import FetchPolicy
 from gateway.operations import OperationsService
@@ -18,6 +19,8 @@ from gateway.planning import Planning
 from gateway.prompt import PromptLimits, PromptTokenizer, TemplateDefaults
 from gateway.service import GenerationService
 from gateway.settings import GatewaySettings
+from gateway.tenants import Tenants
+from gateway.warming import Warming
 from shared import logs
 from shared.metrics import Metrics
 from shared.model.fingerprint import tokenizer_fingerprint
@@ -65,6 +68,7 @@ class GatewayApp:
             tokenizer_fingerprint=self._tokenizer_fingerprint,
         )
         self._metrics = Metrics(self._figures, _HISTOGRAMS)
+        tenants = Tenants(share_blocks=settings.share_blocks, secret=settings.tenant_secret.get_secret_value())
         planning = Planning(
             self.cluster,
             self._tokenizer,
@@ -79,12 +83,22 @@ class GatewayApp:
                 max_stop_strings=settings.max_stop_strings,
             ),
             defaults=self._defaults,
+            tenants=tenants,
             default_timeout_seconds=settings.default_timeout_seconds,
         )
         self.generation = GenerationService(
             self.cluster,
             planning,
             self._metrics,
+            warming=Warming(
+                self.cluster,
+                planning,
+                tenants,
+                concurrency=settings.warm_concurrency,
+                max_documents=settings.max_warm_documents,
+                timeout_seconds=settings.warm_timeout_seconds,
+            ),
+            blocks=BlockLife(self.cluster, tenants),
             policy=FetchPolicy(settings.fetch_attempts, settings.fetch_timeout_seconds),
             max_requests=settings.max_requests,
         )

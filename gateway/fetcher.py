@@ -237,4 +237,5 @@ class Fetcher:
             priority=self._ticket.request.priority,
             model_fingerprint=self._ticket.keys.model_fingerprint,
             tenant_salt=self._ticket.keys.tenant_salt,
+            tenant=self._ticket.tenant,
         )

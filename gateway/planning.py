@@ -20,6 +20,7 @@ from gateway.prompt import (
     validate,
 )
 from gateway.stored import token_ids_of
+from gateway.tenants import Tenants
 from gateway.ticket import Ticket
 from shared.errors import DrystoneError, Reason, deadline_exceeded
 from shared.internal.v1.common_pb2 import BlockRef, Compatibility
@@ -37,6 +38,7 @@ class Planning:
         tokenizer: Of the served model.
         limits: Upper bounds of a request.
         defaults: Template defaults.
+        tenants: Whose blocks are whose.
         default_timeout_seconds: Time of a request whose caller set none.
     """
 
@@ -47,12 +49,14 @@ class Planning:
         *,
         limits: PromptLimits,
         defaults: TemplateDefaults,
+        tenants: Tenants,
         default_timeout_seconds: float,
     ) -> None:
         self._cluster = cluster
         self._tokenizer = tokenizer
         self._limits = limits
         self._defaults = defaults
+        self._tenants = tenants
         self._default_timeout = default_timeout_seconds
 
     async def ticket(
@@ -75,7 +79,8 @@ class Planning:
         deadline = arrived + min(asked, default=self._default_timeout)
         # Looked at once: keys, context and all that is sent are of one kind, whatever workers do meanwhile.
         info = self._cluster.info
-        keys = key_space(info.compatibility)
+        tenant = self._tenants.named(request.tenant)
+        keys = key_space(info.compatibility, tenant.salt)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 known = await token_ids_of(self._cluster, keys, block_keys_in(request))
@@ -91,6 +96,7 @@ class Planning:
             model=self._cluster.model_name,
             compatibility=info.compatibility,
             keys=keys,
+            tenant=tenant.name,
             plan=plan,
             refs=refs,
             sampling=filled_sampling(request, seed),

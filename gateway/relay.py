@@ -136,6 +136,7 @@ def _open(ticket: Ticket, worker: Worker) -> Open:
         reuse_tail=True,
         model_fingerprint=ticket.keys.model_fingerprint,
         tenant_salt=ticket.keys.tenant_salt,
+        tenant=ticket.tenant,
     )
 
 

@@ -12,12 +12,14 @@ import grpc
 
 from drystone.v1 import generation_pb2 as v1
 from drystone.v1.generation_pb2_grpc import GenerationServicer
+from gateway.block_life import BlockLife
 from gateway.cluster import Cluster
 from gateway.fetcher import FetchPolicy
 from gateway.planning import Planning
 from gateway.relay import relay
+from gateway.warming import Warming
 from shared import logs
-from shared.errors import DrystoneError, Reason, not_in_this_version
+from shared.errors import DrystoneError, Reason
 from shared.metrics import Metrics
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -30,6 +32,8 @@ class GenerationService(GenerationServicer):
         cluster: The workers.
         planning: Makes tickets of requests.
         metrics: Observes latencies.
+        warming: Encodes documents ahead.
+        blocks: What operators do to blocks.
         policy: How hard fetches are tried.
         max_requests: Requests served at once.
     """
@@ -40,12 +44,16 @@ class GenerationService(GenerationServicer):
         planning: Planning,
         metrics: Metrics,
         *,
+        warming: Warming,
+        blocks: BlockLife,
         policy: FetchPolicy,
         max_requests: int,
     ) -> None:
         self._cluster = cluster
         self._planning = planning
         self._metrics = metrics
+        self._warming = warming
+        self._blocks = blocks
         self._policy = policy
         self._max_requests = max_requests
         self._log = logs.get("generation")
@@ -85,6 +93,8 @@ class GenerationService(GenerationServicer):
             "num_requests_running": self.running,
             "requests_total": self.total,
             "requests_failed_total": self.failed,
+            "documents_warmed_total": self._warming.documents_total,
+            "documents_failed_total": self._warming.documents_failed_total,
         }
 
     def _admit(self) -> None:
@@ -120,18 +130,25 @@ class GenerationService(GenerationServicer):
         )
 
     async def Warm(self, request: v1.WarmRequest, context: Context) -> AsyncIterator[v1.WarmResponse]:
-        """Not in this version."""
-        raise not_in_this_version("Warm")
-        yield v1.WarmResponse()  # makes this a generator, as gRPC expects
+        """Encodes documents ahead of requests; leaving the stream cancels what is not done."""
+        self._check_model(request.model)
+        metadata = dict(context.invocation_metadata() or ())
+        traceparent = str(metadata.get("traceparent") or logs.new_traceparent())
+        async with contextlib.aclosing(self._warming.warm(request, traceparent)) as events:
+            async for event in events:
+                yield event
 
     async def DescribeBlocks(self, request: v1.DescribeBlocksRequest, context: Context) -> v1.DescribeBlocksResponse:
-        """Not in this version."""
-        raise not_in_this_version("DescribeBlocks")
+        """Where blocks live."""
+        self._check_model(request.selector.model)
+        return await self._blocks.describe(request)
 
     async def PinBlocks(self, request: v1.PinBlocksRequest, context: Context) -> v1.PinBlocksResponse:
-        """Not in this version."""
-        raise not_in_this_version("PinBlocks")
+        """Keeps blocks from eviction, or lets them go again."""
+        self._check_model(request.selector.model)
+        return v1.PinBlocksResponse(blocks_changed=await self._blocks.pin(request))
 
     async def DeleteBlocks(self, request: v1.DeleteBlocksRequest, context: Context) -> v1.DeleteBlocksResponse:
-        """Not in this version."""
-        raise not_in_this_version("DeleteBlocks")
+        """Removes blocks from every tier and every worker."""
+        self._check_model(request.selector.model)
+        return await self._blocks.delete(request)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from shared.settings import Addresses, ProcessSettings
 
@@ -32,6 +32,16 @@ class GatewaySettings(ProcessSettings):
     max_documents: int = Field(1024, ge=1, description="Most documents, blocks or messages of a prompt.")
     max_document_bytes: int = Field(1 << 20, ge=1, description="Longest text of one document, block or message.")
     max_stop_strings: int = Field(64, ge=0, description="Most stop strings of a request.")
+    warm_concurrency: int = Field(32, ge=1, description="Documents that are warmed at once, over all calls.")
+    warm_timeout_seconds: float = Field(600.0, gt=0, description="Time of one document that is warmed, in seconds.")
+    max_warm_documents: int = Field(10_000, ge=1, description="Most documents of one call of Warm.")
+    share_blocks: bool = Field(
+        default=False, description="Let all tenants use the same blocks. They then learn what others have sent."
+    )
+    tenant_secret: SecretStr = Field(
+        SecretStr(""),
+        description="Goes into the keys of named tenants' blocks; every gateway of a cluster needs the same one.",
+    )
     template: str = Field("auto", description="Template when a request names none: auto, chat, tulu, card or plain.")
     bos: Literal["auto", "always", "never"] = Field("auto", description="Whether prompts begin with the BOS token.")
     block_attention_prefix: bool = Field(

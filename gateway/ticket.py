@@ -18,7 +18,8 @@ class Ticket:
     Attributes:
         model: Name of the model.
         compatibility: The KV that the request was planned for; only workers of the same kind take part.
-        keys: What its block keys were made of.
+        keys: What its block keys were made of; the tenant's salt among it.
+        tenant: Whose blocks it uses.
         refs: Blocks with their keys, in prompt order.
         request: As it came: what the decode worker is to do with it.
         arrived: `time.monotonic()` of its arrival.
@@ -30,6 +31,7 @@ class Ticket:
     model: str
     compatibility: Compatibility
     keys: KeySpace
+    tenant: str
     plan: PlannedPrompt
     refs: tuple[BlockRef, ...]
     sampling: SamplingParams

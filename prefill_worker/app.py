@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
-from collections.abc import Mapping
+import time
 from pathlib import Path
 
 import grpc
 
 from drystone.v1.operations_pb2 import ProcessRole, ProcessState
 from prefill_worker.encoder import Encoder
+from prefill_worker.figures import figures
+from prefill_worker.holdings import Holdings
+from prefill_worker.jobs import Jobs
+from prefill_worker.opening import Opening, Places
 from prefill_worker.service import PrefillService
 from prefill_worker.settings import PrefillSettings
 from prefill_worker.shipper import Shipper
-from prefill_worker.store import RamStore
+from prefill_worker.tiers.block import StoredBlock
+from shared import logs
 from shared.engine import served_model
 from shared.engine.native import builder
 from shared.engine.native.encoder import NativeEncoder
 from shared.engine.served_model import ServedModel
+from shared.errors import DrystoneError
 from shared.internal.v1 import prefill_pb2, worker_pb2
 from shared.internal.v1.common_pb2 import WorkerIdentity
 from shared.internal.v1.prefill_pb2_grpc import add_PrefillServicer_to_server
@@ -29,6 +36,12 @@ from shared.rpc.server import RpcServer
 from shared.rpc.worker_service import WorkerService
 from shared.runtime import cancelled
 from shared.transfer.compatibility import compatibility_of
+
+_HISTOGRAMS = (
+    "encode_batch_tokens",
+    "encode_time_seconds",
+    *(f"{tier}_{work}_seconds" for tier in ("disk", "object") for work in ("read", "write")),
+)
 
 
 class PrefillApp:
@@ -42,6 +55,7 @@ class PrefillApp:
 
     def __init__(self, settings: PrefillSettings, folder: Path, name: str) -> None:
         self._settings = settings
+        self._places = Places.of(settings)
         self.model: ServedModel = served_model.load(
             folder,
             name=name,
@@ -52,24 +66,37 @@ class PrefillApp:
         self.identity = WorkerIdentity(worker_id=settings.worker_id, incarnation=secrets.randbits(63) | 1)
         kernel = builder.load(cache_dir() / "kernels") if settings.native_encoder and settings.device == "cpu" else None
         self._native = NativeEncoder.prove(self.model, kernel) if kernel is not None else None
-        self.store = RamStore(settings.store_bytes)
         self.tasks: list[asyncio.Task[None]] = []
+        self._log = logs.get("prefill")
 
     async def start(self) -> dict[str, str]:
         """Serves; returns addresses."""
         settings = self._settings
         shape = self.model.geometry.shape
+        self._metrics = Metrics(lambda: figures(self.holdings, self.encoder, self.shipper), _HISTOGRAMS)
         self.encoder = Encoder(
-            self.model, self.store, settings.max_queued_blocks, settings.max_unshipped_bytes, self._native
+            self.model,
+            self._keep,
+            max_queued_blocks=settings.max_queued_blocks,
+            max_queued_tokens=settings.max_queued_tokens,
+            max_unshipped_bytes=settings.max_unshipped_bytes,
+            batch_tokens=settings.batch_tokens,
+            native=self._native,
+            on_batch=self._batch_done,
         )
+        opening = Opening(settings, self._places, self.model, self.encoder.encode_seconds, self._metrics)
+        keys = self.model.key_space()
+        self.holdings = Holdings(opening.store(), opening.records(), self.encoder, keys, shape)
         self.shipper = Shipper(self.identity, compatibility_of(self.model), shape, settings.ship_timeout_seconds)
-        prefill = PrefillService(self.model, self.store, self.encoder, self.shipper, settings.default_timeout_seconds)
+        jobs = Jobs(self.holdings, self.encoder, self.shipper, self.model.vocabulary_size)
+        prefill = PrefillService(self.model, jobs, self.holdings, settings.default_timeout_seconds)
+        await self._open()
         self._worker = WorkerService(
             self.identity,
             ProcessRole.PROCESS_ROLE_PREFILL,
             self.model,
-            self.figures,
-            capacity_bytes=self.store.budget_bytes,
+            lambda: figures(self.holdings, self.encoder, self.shipper),
+            capacity_bytes=settings.ram_bytes,
         )
 
         def register(server: grpc.aio.Server) -> None:
@@ -82,8 +109,11 @@ class PrefillApp:
         ]
         self.server = RpcServer(settings, register, services)
         self._worker.address = await self.server.start()
-        self.tasks = [asyncio.create_task(self.encoder.run())]
-        self._metrics = Metrics(self.figures)
+        self.tasks = [
+            asyncio.create_task(self.encoder.run(), name="encoder"),
+            asyncio.create_task(self.holdings.store.run(), name="store"),
+            asyncio.create_task(self._keep_records(), name="records"),
+        ]
         self._metrics.serve(settings.host, settings.metrics_port)
         await self.server.set_serving(serving=True)
         return {"role": "prefill", "worker_id": self.identity.worker_id, "grpc_address": self.server.address}
@@ -97,17 +127,35 @@ class PrefillApp:
                 await cancelled(task)
             self._metrics.close()
             await self.shipper.close()
+            await self.holdings.store.close(grace_seconds)
+            await self.holdings.records.close()
 
-    def figures(self) -> Mapping[str, float]:
-        """Figures for the status registry."""
-        return {
-            "store_capacity_bytes": self.store.budget_bytes,
-            "store_used_bytes": self.store.used_bytes,
-            "blocks_stored": len(self.store),
-            "encode_queue_blocks": self.encoder.queued,
-            "blocks_encoded_total": self.encoder.blocks_total,
-            "tokens_encoded_total": self.encoder.tokens_total,
-            "encode_seconds_total": self.encoder.seconds_total,
-            "shipped_bytes_total": self.shipper.shipped_bytes,
-            "chunks_resent_total": self.shipper.resent_total,
-        }
+    async def _open(self) -> None:
+        """Opens records and tiers; what is pinned stays pinned from the first moment."""
+        await self.holdings.records.open()
+        try:
+            self.holdings.store.restore_pins(await self.holdings.records.pinned_keys())
+            await self.holdings.store.start()
+        except BaseException:
+            await self.holdings.records.close()
+            raise
+
+    async def _keep_records(self) -> None:
+        """Lets go of what has expired, and exchanges records with the mirror, until cancelled."""
+        refreshed = -math.inf
+        while True:
+            try:
+                await self.holdings.expire()
+                if time.monotonic() - refreshed > self._settings.object_refresh_seconds:
+                    refreshed = time.monotonic()
+                    await self.holdings.records.refresh()
+            except DrystoneError as error:  # the next round may succeed; requests go on without it
+                self._log.warning("records_not_swept", reason=error.reason, detail=error.message)
+            await asyncio.sleep(self._settings.sweep_seconds)
+
+    def _keep(self, block: StoredBlock) -> None:
+        self.holdings.store.put(block)
+
+    def _batch_done(self, tokens: int, seconds: float) -> None:
+        self._metrics.observe("encode_batch_tokens", tokens)
+        self._metrics.observe("encode_time_seconds", seconds)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import zmq
 import zmq.asyncio
 
-from prefill_worker.store import StoredBlock
+from prefill_worker.tiers.block import StoredBlock
 from shared import logs
 from shared.enums import enum_name
 from shared.errors import DrystoneError, Reason
@@ -36,7 +36,6 @@ from shared.kv.birth import CHECKSUM_FUNCTION, ChunkRange, chunk_plan
 from shared.kv.layout import KvShape
 from shared.runtime import cancelled
 from shared.transfer.envelope import MalformedFrameError, seal, unseal
-from shared.transfer.raw import raw_bytes
 
 HELLO_SECONDS = 5.0
 _MAX_RESENDS = 8
@@ -209,7 +208,7 @@ class Link:
             length=chunk.length,
             checksum=block.birth.checksums[chunk.index],
         )
-        data = raw_bytes(block.extent)[chunk.offset : chunk.offset + chunk.length]
+        data = block.data[chunk.offset : chunk.offset + chunk.length]
         await self._socket.send_multipart([seal(TransferHeader(chunk=header)), data], copy=False)
 
     async def _take_credit(self, wanted: int, *, wait: bool) -> bool:

@@ -1,55 +1,51 @@
-"""drystone.internal.v1.Prefill over an encoder, a store and a shipper."""
+"""drystone.internal.v1.Prefill over jobs and holdings."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import grpc
 
-from prefill_worker.encoder import Encoder
-from prefill_worker.shipper import Shipper
-from prefill_worker.store import RamStore, StoredBlock
+from drystone.v1.generation_pb2 import Priority
+from prefill_worker.batch_queue import Urgency
+from prefill_worker.holdings import Holdings
+from prefill_worker.jobs import Errand, Jobs
 from shared import logs
 from shared.engine.served_model import ServedModel
-from shared.errors import DrystoneError, Reason, deadline_exceeded, not_in_this_version
+from shared.errors import DrystoneError, Reason, deadline_exceeded
 from shared.internal.v1 import prefill_pb2 as pb
-from shared.internal.v1.common_pb2 import BlockFailure, KvEndpoint, ShipSource
+from shared.internal.v1.common_pb2 import BlockFailure
 from shared.internal.v1.prefill_pb2_grpc import PrefillServicer
-from shared.kv.checks import check_block
-from shared.kv.keys import KeySpace
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_URGENCIES = {Priority.PRIORITY_HIGH: Urgency.HIGH, Priority.PRIORITY_LOW: Urgency.LOW}
 
 
 class PrefillService(PrefillServicer):
-    """Each job is one task: find or encode, then ship. Leaving the stream cancels its tasks."""
+    """Each job is one task. Leaving the stream cancels its tasks."""
 
-    def __init__(
-        self, model: ServedModel, store: RamStore, encoder: Encoder, shipper: Shipper, default_timeout_seconds: float
-    ) -> None:
-        self._model = model
-        self._store = store
-        self._encoder = encoder
-        self._shipper = shipper
-        self._default_timeout = default_timeout_seconds
+    def __init__(self, model: ServedModel, jobs: Jobs, holdings: Holdings, default_timeout_seconds: float) -> None:
+        self._fingerprint = model.fingerprint
         self._keys = model.key_space()
+        self._jobs = jobs
+        self._holdings = holdings
+        self._default_timeout = default_timeout_seconds
         self._log = logs.get("prefill")
 
     async def EncodeBlocks(
         self, request: pb.EncodeBlocksRequest, context: Context
     ) -> AsyncIterator[pb.EncodeBlocksResponse]:
         """An event as each job ends."""
-        if bytes(request.model_fingerprint) != self._model.fingerprint:
-            raise DrystoneError(Reason.MODEL_CHANGED, "the gateway's keys are of another model than this worker's")
+        self._check_model(request.model_fingerprint)
         timeout = request.time_left_ms / 1e3 if request.time_left_ms else self._default_timeout
-        keys = replace(self._keys, tenant_salt=request.tenant_salt)
         with logs.request_scope(request.request_id, request.traceparent):
             self._log.info("encode", jobs=len(request.jobs))
-            tasks = [asyncio.create_task(self._outcome(job, request.endpoint, keys, timeout)) for job in request.jobs]
+            tasks = [
+                asyncio.create_task(self._outcome(job, self._errand(request, job), timeout)) for job in request.jobs
+            ]
             try:
                 for ended in asyncio.as_completed(tasks):
                     yield await ended
@@ -58,12 +54,23 @@ class PrefillService(PrefillServicer):
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _outcome(
-        self, job: pb.EncodeJob, endpoint: KvEndpoint, keys: KeySpace, seconds: float
-    ) -> pb.EncodeBlocksResponse:
+    def _errand(self, request: pb.EncodeBlocksRequest, job: pb.EncodeJob) -> Errand:
+        warming = not job.HasField("reservation")
+        return Errand(
+            keys=replace(self._keys, tenant_salt=request.tenant_salt),
+            tenant=request.tenant,
+            endpoint=request.endpoint,
+            urgency=Urgency.WARMING if warming else _URGENCIES.get(request.priority, Urgency.NORMAL),
+            tags=tuple(request.tags),
+            ttl_seconds=request.ttl_seconds if request.HasField("ttl_seconds") else None,
+            keep_records=request.keep_records,
+            pin=request.pin,
+        )
+
+    async def _outcome(self, job: pb.EncodeJob, errand: Errand, seconds: float) -> pb.EncodeBlocksResponse:
         try:
             async with asyncio.timeout(seconds):
-                return pb.EncodeBlocksResponse(done=await self._run(job, endpoint, keys))
+                return pb.EncodeBlocksResponse(done=await self._jobs.run(job, errand))
         except TimeoutError:
             error = deadline_exceeded("encoding and shipping a block")
         except DrystoneError as caught:
@@ -81,59 +88,25 @@ class PrefillService(PrefillServicer):
         )
         return pb.EncodeBlocksResponse(failed=failure)
 
-    async def _run(self, job: pb.EncodeJob, endpoint: KvEndpoint, keys: KeySpace) -> pb.BlockDone:
-        done = pb.BlockDone(key=job.block.key)
-        stored = self._store.get(job.block.key)
-        if stored is not None:
-            done.source = ShipSource.SHIP_SOURCE_RAM
-            await self._ship(stored, job, endpoint, done)
-            return done
-        if not job.block.token_ids:
-            raise DrystoneError(Reason.UNKNOWN_BLOCK_KEY, f"this worker does not hold block {job.block.key.hex()}")
-        check_block(job.block, keys, self._model.vocabulary_size)
-        encoding, shared = self._encoder.request(job.block.key, job.block.token_ids, store=job.block.store)
-        try:
-            block = await asyncio.shield(encoding.done)
-            done.source = ShipSource.SHIP_SOURCE_SHARED_ENCODE if shared else ShipSource.SHIP_SOURCE_ENCODED
-            done.encode_ms, done.queue_ms = (0.0 if shared else encoding.encode_ms), encoding.queue_ms
-            await self._ship(block, job, endpoint, done)
-        finally:
-            self._encoder.leave(encoding)
-        return done
-
-    async def _ship(self, block: StoredBlock, job: pb.EncodeJob, endpoint: KvEndpoint, done: pb.BlockDone) -> None:
-        done.birth_id = block.birth.birth_id
-        if job.HasField("reservation"):
-            began = time.monotonic()
-            shipped = await self._shipper.ship(block, job.reservation, endpoint)
-            done.ship_ms = (time.monotonic() - began) * 1e3
-            done.shipped_bytes, done.chunks_resent = shipped.bytes, shipped.chunks_resent
+    def _check_model(self, fingerprint: bytes) -> None:
+        if fingerprint != self._fingerprint:
+            raise DrystoneError(Reason.MODEL_CHANGED, "the gateway's keys are of another model than this worker's")
 
     async def DescribeBlocks(self, request: pb.DescribeStoredRequest, context: Context) -> pb.DescribeStoredResponse:
-        """Stored blocks."""
-        found = [self._store.peek(key) for key in request.keys] if request.keys else self._store.all()
-        now = time.monotonic()
-        return pb.DescribeStoredResponse(
-            blocks=[
-                pb.StoredBlock(
-                    key=block.key,
-                    tokens=len(block.token_ids),
-                    token_ids=block.token_ids if request.with_token_ids else (),
-                    tiers=[ShipSource.SHIP_SOURCE_RAM],
-                    bytes=block.bytes,
-                    hits=block.hits,
-                    idle_ms=int((now - block.last_used) * 1e3),
-                    pinned=block.pinned,
-                )
-                for block in found
-                if block is not None
-            ]
-        )
+        """Stored and recorded blocks."""
+        return pb.DescribeStoredResponse(blocks=await self._holdings.describe(request))
 
     async def PinBlocks(self, request: pb.PinStoredRequest, context: Context) -> pb.PinStoredResponse:
-        """Not in this version."""
-        raise not_in_this_version("Prefill.PinBlocks")
+        """Keeps blocks from eviction, or lets them go again."""
+        return pb.PinStoredResponse(changed=await self._holdings.pin(request.keys, pinned=not request.unpin))
 
     async def DeleteBlocks(self, request: pb.DeleteStoredRequest, context: Context) -> pb.DeleteStoredResponse:
-        """Not in this version."""
-        raise not_in_this_version("Prefill.DeleteBlocks")
+        """Removes blocks and records; when it answers they are gone."""
+        deleted, freed = await self._holdings.delete(request.keys)
+        self._log.info("deleted", blocks=len(deleted), bytes_freed=freed)
+        return pb.DeleteStoredResponse(deleted=deleted, bytes_freed=freed)
+
+    async def KeepRecords(self, request: pb.KeepRecordsRequest, context: Context) -> pb.KeepRecordsResponse:
+        """Keeps copies of another worker's records."""
+        self._check_model(request.model_fingerprint)
+        return pb.KeepRecordsResponse(changed=await self._holdings.keep_copies(request.records))

@@ -7,7 +7,7 @@ import asyncio
 import zmq.asyncio
 
 from prefill_worker.link import Link, LinkBrokenError, Shipped
-from prefill_worker.store import StoredBlock
+from prefill_worker.tiers.block import StoredBlock
 from shared.errors import DrystoneError
 from shared.internal.v1.common_pb2 import Compatibility, KvEndpoint, Reservation, WorkerIdentity
 from shared.kv.layout import KvShape

@@ -44,6 +44,7 @@ class Reason(StrEnum):
     TOO_MANY_REQUESTS = auto()
     REQUEST_TOO_LARGE_FOR_POOL = auto()
     ENCODE_QUEUE_FULL = auto()
+    RECORDS_FULL = auto()
     NO_DECODE_WORKER = auto()
     NO_PREFILL_WORKER = auto()
     WORKER_LOST = auto()
@@ -101,6 +102,9 @@ REASONS: Mapping[Reason, ReasonRow] = MappingProxyType(
         ),
         Reason.ENCODE_QUEUE_FULL: _row(
             _S.RESOURCE_EXHAUSTED, "The prefill worker's queue is full; try again.", retryable=True
+        ),
+        Reason.RECORDS_FULL: _row(
+            _S.RESOURCE_EXHAUSTED, "The prefill worker keeps as many records of warmed documents as it may."
         ),
         Reason.NO_DECODE_WORKER: _row(_S.UNAVAILABLE, "No decode worker is ready.", retryable=True),
         Reason.NO_PREFILL_WORKER: _row(_S.UNAVAILABLE, "No prefill worker is ready.", retryable=True),

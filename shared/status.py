@@ -7,6 +7,35 @@ from types import MappingProxyType
 
 from drystone.v1.operations_pb2 import StatusValue
 
+# Of each place where a prefill worker keeps blocks.
+_OF_EVERY_TIER = {
+    "capacity_bytes": "Bytes that {tier} may take; 0 is no limit of Drystone's own.",
+    "used_bytes": "Bytes of blocks in {tier}.",
+    "blocks": "Blocks in {tier}.",
+    "hits_total": "Blocks read from {tier}.",
+    "misses_total": "Blocks looked for in {tier} and not found.",
+    "evictions_total": "Blocks that went from {tier} to make room.",
+}
+_OF_FILES = {
+    "read_bytes_total": "KV bytes read from {tier}.",
+    "written_bytes_total": "KV bytes written to {tier}.",
+    "corruptions_total": "Bad files found in {tier}; each was set aside and its block encoded again.",
+    "failures_total": "Reads and writes of {tier} that failed or took too long.",
+    "writes_dropped_total": "Blocks not written to {tier} at first, because too many waited or it was resting.",
+    "expirations_total": "Blocks that went from {tier} because nobody had used them for their time to live.",
+    "off": "1 while reading from {tier} is slower than encoding, as measured, and therefore not done.",
+    "resting": "1 while {tier} has failed too often and is left alone for a while.",
+}
+_TIER_FIGURES = {
+    f"{name}_{figure}": text.format(tier=tier)
+    for name, tier, figures in (
+        ("ram", "memory", _OF_EVERY_TIER),
+        ("disk", "the disk", _OF_EVERY_TIER | _OF_FILES),
+        ("object", "the object store", _OF_EVERY_TIER | _OF_FILES),
+    )
+    for figure, text in figures.items()
+}
+
 FIGURES: Mapping[str, str] = MappingProxyType(
     {
         "num_requests_running": "Requests admitted and not finished.",
@@ -14,6 +43,8 @@ FIGURES: Mapping[str, str] = MappingProxyType(
         "num_requests_waiting_for_blocks": "Requests admitted that wait for blocks to arrive.",
         "requests_total": "Requests taken since the start.",
         "requests_failed_total": "Requests that ended with an error since the start.",
+        "documents_warmed_total": "Documents that calls of Warm have ended with, since the start.",
+        "documents_failed_total": "Documents among them that could not be warmed.",
         "pool_capacity_bytes": "KV bytes that the decode worker can hold.",
         "pool_used_bytes": "KV bytes in resident blocks, reserved extents and tails.",
         "pool_pinned_bytes": "KV bytes of blocks that running requests use.",
@@ -30,13 +61,20 @@ FIGURES: Mapping[str, str] = MappingProxyType(
         "generation_tokens_total": "Tokens generated since the start.",
         "steps_total": "Steps run since the start.",
         "integrity_failures_total": "Times that an idle worker found its memory not to tile: a defect of Drystone.",
-        "store_capacity_bytes": "KV bytes that the prefill worker keeps in memory.",
-        "store_used_bytes": "KV bytes that it keeps now.",
-        "blocks_stored": "Blocks that it keeps now.",
-        "encode_queue_blocks": "Blocks waiting to be encoded.",
+        "encode_queue_blocks": "Blocks that are not encoded yet, those in a forward among them.",
+        "encode_queue_tokens": "Tokens waiting to be encoded.",
+        "encode_queue_warming_blocks": "Blocks of warming that wait to be encoded.",
+        "encode_failures_total": "Blocks that could not be encoded.",
+        "encode_splits_total": "Forwards that failed and were tried again in halves.",
+        "unshipped_bytes": "KV bytes of encoded blocks that requests still hold.",
+        "unwritten_bytes": "KV bytes that wait to be written to disk and object store.",
+        "records": "Records of warmed documents.",
+        "records_damaged_total": "Records that did not hold what was written, and were dropped.",
+        "record_failures_total": "Operations on records that failed or took too long.",
         "blocks_encoded_total": "Blocks encoded since the start.",
         "tokens_encoded_total": "Tokens encoded since the start.",
         "encode_seconds_total": "Seconds spent encoding since the start.",
+        **_TIER_FIGURES,
         "shipped_bytes_total": "KV bytes shipped since the start.",
         "received_bytes_total": "KV bytes received and committed since the start.",
         "chunks_refused_total": "Chunks refused since the start.",

@@ -4,6 +4,7 @@ validate (`validation`) → choose a template (`templates`, `chat_template`) →
 (`segments`) → tokenise each alone (`tokenizer`) → fit into the context (`truncation`) → `PlannedPrompt`.
 """
 
+from gateway.prompt.chunking import check_chunking
 from gateway.prompt.content import block_keys_in
 from gateway.prompt.limits import PromptLimits
 from gateway.prompt.plan import PlannedBlock, PlannedPrompt
@@ -21,6 +22,7 @@ __all__ = [
     "PromptTokenizer",
     "TemplateDefaults",
     "block_keys_in",
+    "check_chunking",
     "filled_sampling",
     "validate",
 ]

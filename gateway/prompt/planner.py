@@ -4,11 +4,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain, groupby
 
-from drystone.v1.generation_pb2 import GenerateRequest
-from drystone.v1.prompt_pb2 import Attention, Document, TemplateOptions
+from drystone.v1.generation_pb2 import Chunking, GenerateRequest
+from drystone.v1.prompt_pb2 import Attention, Document, RagPrompt, TemplateOptions
 from drystone.v1.statistics_pb2 import BlockRole
+from gateway.prompt.chunking import chunks_of
+from gateway.prompt.content import text_of
 from gateway.prompt.limits import PromptLimits
 from gateway.prompt.plan import PlannedBlock, PlannedPrompt
+from gateway.prompt.prompt_rules import check_document
 from gateway.prompt.segments import KnownBlocks, Segment, passage_segment, segments_of
 from gateway.prompt.template_choice import TemplateDefaults, choose_template, wants_bos
 from gateway.prompt.tokenizer import PromptTokenizer
@@ -63,15 +66,52 @@ class PromptPlanner:
             return self._full_plan(request, template.name, segments, room)
         return self._block_plan(request, template.name, segments, room)
 
-    def passage_ids(self, document: Document, known_blocks: KnownBlocks, *, field: str) -> tuple[int, ...]:
-        """Token ids of one document's block, the same in every prompt that lays it.
+    def document_ids(
+        self, document: Document, known_blocks: KnownBlocks, *, field: str, chunking: Chunking | None = None
+    ) -> list[tuple[int, ...]]:
+        """Token ids of one document's blocks, the same in every prompt that lays them.
 
         Args:
-            document: A valid document.
+            document: As it came.
             known_blocks: Token ids by block key, for the key that it may be given as.
             field: Path that errors name.
+            chunking: How a long text is cut. None: not at all.
+
+        Raises:
+            InvalidRequestError: The document breaks a rule, or is longer than the context.
         """
-        return self._ids(passage_segment(field, document, known_blocks))
+        check_document(field, document, self._limits)
+        parts = [document]
+        if chunking is not None and not document.HasField("block_key"):
+            texts = chunks_of(
+                document.title,
+                text_of(document, field),
+                chunking,
+                self._tokenizer,
+                allow_special=self._defaults.special_tokens_in_documents,
+            )
+            parts = [Document(title=document.title, text=text) for text in texts]
+        blocks = [self._ids(passage_segment(field, part, known_blocks)) for part in parts]
+        longest = max(map(len, blocks))
+        if longest > self._context_tokens:
+            raise InvalidRequestError(
+                Reason.PROMPT_TOO_LONG,
+                field,
+                "is longer than the model's context, in tokens; have it cut into chunks",
+                limit=self._context_tokens,
+                value=longest,
+            )
+        return blocks
+
+    def preamble_ids(self, template: TemplateOptions) -> list[tuple[int, ...]]:
+        """Token ids of the block that `rag` prompts without instructions of their own begin with; none or one.
+
+        Raises:
+            DrystoneError: The template cannot render it.
+        """
+        asked = RagPrompt(documents=[Document(text=".")], question=".")
+        plan = self.plan(GenerateRequest(rag=asked, template=template), {})
+        return [block.token_ids for block in plan.blocks if block.role == BlockRole.BLOCK_ROLE_PREAMBLE]
 
     def _full_plan(
         self, request: GenerateRequest, template_name: str, segments: Sequence[Segment], room: Room

@@ -54,10 +54,11 @@ def check_documents(path: str, documents: Sequence[Document], limits: PromptLimi
     """Refuse documents that are too many, too large, empty, or named by a key that is none."""
     _check_count(path, len(documents), limits.max_documents)
     for index, document in enumerate(documents):
-        _check_document(f"{path}[{index}]", document, limits)
+        check_document(f"{path}[{index}]", document, limits)
 
 
-def _check_document(path: str, document: Document, limits: PromptLimits) -> None:
+def check_document(path: str, document: Document, limits: PromptLimits) -> None:
+    """Refuse a document that is too large, empty, or named by a key that is none."""
     if document.HasField("block_key"):
         _check_key(path, document)
         if document.title:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gateway.prompt.token_cache import TokenCache
 from shared.errors import DrystoneError, Reason
@@ -14,6 +14,17 @@ from shared.errors import DrystoneError, Reason
 Message = Mapping[str, str]
 
 _CACHED_TOKENS = 1 << 20
+
+
+class TokenOffsets(NamedTuple):
+    """Tokens of a text, and where in it each one lies: its characters [start, end).
+
+    White space before a token may be in no token, and several tokens may share one character.
+    """
+
+    ids: Sequence[int]
+    starts: Sequence[int]
+    ends: Sequence[int]
 
 
 class PromptTokenizer:
@@ -72,10 +83,32 @@ class PromptTokenizer:
         ids = _ids(self._without_special, text)
         if self._control_ids.isdisjoint(ids):
             return ids
+        return tuple(chain.from_iterable(_ids(self._without_special, piece) for piece in self._pieces_as_text(text)))
+
+    def _pieces_as_text(self, text: str) -> list[str]:
         # Unigram models know control tokens as ordinary pieces too: cut their spelling after its first character.
         runs = enumerate(self._control.split(text))
         pieces = chain.from_iterable((run[:1], run[1:]) if index % 2 else (run,) for index, run in runs)
-        return tuple(chain.from_iterable(_ids(self._without_special, piece) for piece in pieces if piece))
+        return [piece for piece in pieces if piece]
+
+    def encode_with_offsets(self, text: str, *, allow_special: bool) -> TokenOffsets:
+        """The same ids as `encode`, and where in the text each token lies. Not remembered: it is for long texts."""
+        if allow_special:
+            return _ids_with_offsets(self._with_special, text)
+        whole = _ids_with_offsets(self._without_special, text)
+        if self._control_ids.isdisjoint(whole.ids):
+            return whole
+        ids: list[int] = []
+        starts: list[int] = []
+        ends: list[int] = []
+        at = 0
+        for piece in self._pieces_as_text(text):
+            part = _ids_with_offsets(self._without_special, piece)
+            ids += part.ids
+            starts += (at + start for start in part.starts)
+            ends += (at + end for end in part.ends)
+            at += len(piece)
+        return TokenOffsets(ids, starts, ends)
 
     def encode_together(self, parts: Sequence[tuple[str, bool]]) -> tuple[int, ...]:
         """Token ids of joined texts, each with its own `allow_special`.
@@ -143,6 +176,12 @@ def _backend(source: Any, as_text: frozenset[str]) -> Any:
 
 def _ids(backend: Any, text: str) -> tuple[int, ...]:
     return tuple(backend.encode(text, add_special_tokens=False).ids)
+
+
+def _ids_with_offsets(backend: Any, text: str) -> TokenOffsets:
+    encoding = backend.encode(text, add_special_tokens=False)
+    offsets = encoding.offsets
+    return TokenOffsets(encoding.ids, [start for start, _ in offsets], [end for _, end in offsets])
 
 
 def _any_of(tokens: frozenset[str]) -> re.Pattern[str]:

@@ -5,16 +5,16 @@ from drystone.v1.prompt_pb2 import Attention, TruncationSide
 from drystone.v1.sampling_pb2 import Resume
 from gateway.prompt.content import is_block_key
 from gateway.prompt.limits import PromptLimits
-from gateway.prompt.not_yet import check_supported
 from gateway.prompt.prompt_rules import check_blocks, check_chat, check_rag
 from gateway.prompt.sampling import max_new_tokens
 from gateway.prompt.sampling_rules import check_sampling
 from gateway.prompt.structured_rules import check_structured
+from gateway.tenants import check_tenant
 from shared.errors import InvalidRequestError, Reason
 
 
 def validate(request: GenerateRequest, limits: PromptLimits) -> None:
-    """Refuse a request that breaks a rule, then one that asks for what is not built yet.
+    """Refuse a request that breaks a rule.
 
     Args:
         request: The request as it came in.
@@ -22,7 +22,6 @@ def validate(request: GenerateRequest, limits: PromptLimits) -> None:
 
     Raises:
         InvalidRequestError: One rule is broken; names the field, the limit and the value.
-        DrystoneError: NOT_SUPPORTED, naming the field.
     """
     _check_prompt(request, limits)
     _check_enums(request)
@@ -32,7 +31,6 @@ def validate(request: GenerateRequest, limits: PromptLimits) -> None:
         check_structured(request.structured_output, limits)
     if request.HasField("resume"):
         _check_resume(request, request.resume)
-    check_supported(request)
 
 
 def _check_prompt(request: GenerateRequest, limits: PromptLimits) -> None:
@@ -65,6 +63,7 @@ def _check_envelope(request: GenerateRequest, limits: PromptLimits) -> None:
         raise _invalid("request_id", "has too many characters", limits.max_request_id, len(request.request_id))
     if not request.request_id.isprintable():
         raise _invalid("request_id", "must be printable", "printable characters", repr(request.request_id))
+    check_tenant(request.tenant)
     if request.HasField("timeout_ms") and request.timeout_ms == 0:
         raise _invalid("timeout_ms", "must be at least 1; leave it out for the server's default", ">= 1", 0)
     if request.truncation.HasField("max_prompt_tokens") and request.truncation.max_prompt_tokens == 0:

@@ -20,6 +20,7 @@ from drystone.v1 import (
     sampling_pb2,
     statistics_pb2,
 )
+from tests.client.canned_blocks import CannedBlocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,8 +29,8 @@ KEYS = ["a" * 64, "b" * 64, "c" * 64]
 MESSAGE_BYTES = 64 << 20
 
 
-class CannedGateway(generation_pb2_grpc.GenerationServicer, operations_pb2_grpc.OperationsServicer):
-    """Answers every request with the same events.
+class CannedGateway(CannedBlocks, operations_pb2_grpc.OperationsServicer):
+    """Answers every prompt with the same events.
 
     Attributes:
         requests: Requests received.
@@ -42,6 +43,7 @@ class CannedGateway(generation_pb2_grpc.GenerationServicer, operations_pb2_grpc.
     """
 
     def __init__(self) -> None:
+        super().__init__(lambda message: failure(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", message=message))
         self.requests: list[generation_pb2.GenerateRequest] = []
         self.failure: status_pb2.Status | None = None
         self.fail_after_first = False

@@ -16,11 +16,12 @@ import drystone
 CLIENT = Path(__file__).parents[2] / "client"
 
 EXPORTED = """
-DEFAULT_ADDRESS Answer AsyncClient AsyncStream Block BlockRole BlockSource BlockStats CancelledError Client Completed
-ConnectError DeadlineExceededError Document DrystoneError Event FinishReason GenerateOptions IncompatibleError
+DEFAULT_ADDRESS Answer AsyncBlocks AsyncClient AsyncStream AsyncWarmStream Block BlockInfo BlockLocation BlockRole
+BlockSelector BlockSource BlockStats Blocks CancelledError Chunking Client Completed ConnectError
+DeadlineExceededError DeletedBlocks Document DrystoneError Event FinishReason GenerateOptions IncompatibleError
 InternalError InvalidRequestError Message ModelInfo NotFoundError NotSupportedError OverloadedError ProcessStatus
 Routing Sample SampleFinished Started Stream Template TextDelta Timeouts Timings TokenLogprob TopLogprob Truncation
-UnavailableError Usage
+UnavailableError Usage WarmOptions WarmProgress WarmResult WarmStream WarmedDocument
 """
 
 
@@ -39,6 +40,8 @@ def test_the_twins_have_the_same_verbs() -> None:
 
     assert verbs(drystone.Client) == verbs(drystone.AsyncClient)
     assert verbs(drystone.Stream) - verbs(drystone.AsyncStream) == set()
+    assert verbs(drystone.WarmStream) - verbs(drystone.AsyncWarmStream) == set()
+    assert verbs(drystone.Blocks) == verbs(drystone.AsyncBlocks)
 
 
 @pytest.mark.parametrize("module", ["drystone", "drystone.cli", "drystone.local.supervisor"])

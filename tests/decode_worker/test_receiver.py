@@ -12,12 +12,11 @@ import zmq
 import zmq.asyncio
 
 from decode_worker.request import Request
-from prefill_worker.store import StoredBlock
+from prefill_worker.tiers.block import StoredBlock
 from shared.internal.v1 import transfer_pb2 as pb
 from shared.internal.v1.common_pb2 import Reservation, WorkerIdentity
 from shared.kv.birth import CHECKSUM_FUNCTION, CHUNK_BYTES, chunk_plan, make_birth
 from shared.transfer.envelope import MAX_HEADER_BYTES, seal, unseal
-from shared.transfer.raw import raw_bytes
 from tests.support.decode_parts import IDENTITY, assert_all_free_after_eviction
 from tests.support.fake_workers import compatibility
 from tests.support.wire import SENDER, SHAPE, TOKENS, Wire, make_block, wired
@@ -96,7 +95,7 @@ def chunk(block: StoredBlock, reservation: Reservation, index: int = 0, **change
         "length": planned.length,
         "checksum": block.birth.checksums[index],
     }
-    data = bytes(raw_bytes(block.extent)[planned.offset : planned.offset + planned.length])
+    data = bytes(block.data[planned.offset : planned.offset + planned.length])
     return data, pb.Chunk(**{**values, **changed})
 
 
@@ -170,7 +169,7 @@ async def test_a_whole_block_by_hand(wire: Wire, peer: Peer, block: StoredBlock,
     assert await refusal(peer, block, reservation, index=2) == "REPEATED"
     data, message = chunk(block, reservation, index=1)
     assert (await peer.ask(data, chunk=message)).committed.transfer_id == 1
-    assert wire.resident_bytes(block) == bytes(raw_bytes(block.extent))
+    assert wire.resident_bytes(block) == bytes(block.data)
     assert await refusal(peer, block, reservation, index=1) == "UNKNOWN_RESERVATION"
 
 
@@ -271,5 +270,5 @@ async def test_a_frame_beyond_the_limit_drops_the_sender_alone(wire: Wire, peer:
 
 
 def test_births_differ_each_time(block: StoredBlock) -> None:
-    births = {make_birth(block.key, SHAPE, TOKENS, raw_bytes(block.extent)).birth_id for _ in range(10)}
+    births = {make_birth(block.key, SHAPE, TOKENS, block.data).birth_id for _ in range(10)}
     assert len(births) == 10

@@ -10,7 +10,6 @@ from runpy import run_path
 
 import pytest
 
-from gateway.prompt import not_yet
 from shared.errors import REASONS, Reason
 from shared.status import FIGURES
 
@@ -62,12 +61,3 @@ def test_every_dependency_has_its_reason() -> None:
         wanted |= {re.split(r"[\[<>=;! ]", requirement)[0] for group in groups for requirement in group}
     page = (DOCS / "dependencies.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)) == wanted
-
-
-def test_what_is_not_built_yet_is_told() -> None:
-    told = (DOCS / "prompts.md").read_text(encoding="utf-8").partition("## Not in this version")[2]
-    told = " ".join(told.replace("`", "").replace("_", " ").split())
-    words = {"n": "several samples", "structured_output": "structured output", "sampling.logprobs": "logprobs"}
-    for row in not_yet._NOT_YET:
-        kind = "penalties" if row.field.endswith("_penalty") else row.field.rpartition(".")[2].replace("_", " ")
-        assert words.get(row.field, kind) in told, row.field

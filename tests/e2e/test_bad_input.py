@@ -122,7 +122,7 @@ TABLE: dict[str, tuple[Request, Reason, str | None, str | None, str | None]] = {
     "unknown attention": (blocks("a", "b", attention=9), Reason.INVALID_FIELD, "attention", "0 to 2", "9"),
     "request id of 129": (blocks("a", "b", request_id="x" * 129), Reason.INVALID_FIELD, "request_id", "128", "129"),
     "no time": (blocks("a", "b", timeout_ms=0), Reason.INVALID_FIELD, "timeout_ms", ">= 1", "0"),
-    "not built yet": (blocks("a", "b", tenant="acme"), Reason.NOT_SUPPORTED, "tenant", None, None),
+    "tenant of 129": (blocks("a", "b", tenant="x" * 129), Reason.INVALID_FIELD, "tenant", "128", "129"),
 }
 
 

@@ -144,21 +144,9 @@ async def test_what_a_prefill_worker_cannot_do_is_told_for_each_block(served: Se
 
 
 async def test_what_is_not_in_this_version_says_so(served: Served) -> None:
-    async def warm() -> None:
-        async for _ in served.raw.Warm(v1.WarmRequest()):
-            pass
-
-    operations = OperationsStub(served.channel)
-    for call in (
-        warm(),
-        served.raw.DescribeBlocks(v1.DescribeBlocksRequest()),
-        served.raw.PinBlocks(v1.PinBlocksRequest()),
-        served.raw.DeleteBlocks(v1.DeleteBlocksRequest()),
-        operations.Explain(ExplainRequest()),
-    ):
-        failure = await failure_of(call)
-        assert failure.code is grpc.StatusCode.UNIMPLEMENTED
-        assert failure.reason == Reason.NOT_SUPPORTED
+    failure = await failure_of(OperationsStub(served.channel).Explain(ExplainRequest()))
+    assert failure.code is grpc.StatusCode.UNIMPLEMENTED
+    assert failure.reason == Reason.NOT_SUPPORTED
 
 
 async def test_the_model_describes_itself(served: Served) -> None:

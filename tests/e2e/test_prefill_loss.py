@@ -31,13 +31,13 @@ async def ask(served: Served, prompt: dict[str, Any] = PROMPT) -> drystone.Answe
 
 def hold_up(app: PrefillApp) -> threading.Event:
     """Makes a worker's encodings wait, on their own thread, until the event is set."""
-    go, encode = threading.Event(), app.encoder._run
+    go, encode = threading.Event(), app.encoder._forward.run
 
     def held(*arguments: Any) -> Any:
         go.wait(20.0)
         return encode(*arguments)
 
-    app.encoder._run = held  # type: ignore[method-assign]
+    app.encoder._forward.run = held  # type: ignore[method-assign] # held up as a slow model would
     return go
 
 

@@ -47,6 +47,6 @@ async def test_names_of_any_length_are_told_as_what_they_are(tiny_folder: MakeFo
             assert (failure.code, failure.reason) == (grpc.StatusCode.NOT_FOUND, Reason.UNKNOWN_MODEL)
             assert len(failure.message) <= 300
             assert all(len(fact) <= 300 for fact in failure.metadata.values())
-        failure = await failure_of(read(served.raw.Generate(asking(tenant="acme"))))
-        assert (failure.code, failure.reason) == (grpc.StatusCode.UNIMPLEMENTED, Reason.NOT_SUPPORTED)
+        failure = await failure_of(read(served.raw.Generate(asking(tenant="x" * 129))))
+        assert (failure.code, failure.reason) == (grpc.StatusCode.INVALID_ARGUMENT, Reason.INVALID_FIELD)
         assert failure.fields == ("tenant",)

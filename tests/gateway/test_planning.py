@@ -13,6 +13,7 @@ from drystone.v1.prompt_pb2 import BlockInput, BlocksPrompt, Truncation, Truncat
 from gateway.cluster import Cluster
 from gateway.planning import Planning
 from gateway.prompt import PromptLimits, PromptTokenizer, TemplateDefaults
+from gateway.tenants import Tenants
 from gateway.worker import Worker
 from shared.errors import DrystoneError, Reason
 from shared.internal.v1.prefill_pb2 import DescribeStoredResponse, StoredBlock
@@ -44,7 +45,14 @@ def planning(folder: MakeFolder, *prefill: Worker, **info: Any) -> Planning:
     decode = Worker("d", DECODE, None, info=said, detail="")  # type: ignore[arg-type] # no call is made
     cluster.workers = [decode, *prefill]
     tokenizer = PromptTokenizer(folder())
-    return Planning(cluster, tokenizer, limits=PromptLimits(), defaults=TemplateDefaults(), default_timeout_seconds=9.0)
+    return Planning(
+        cluster,
+        tokenizer,
+        limits=PromptLimits(),
+        defaults=TemplateDefaults(),
+        tenants=Tenants(share_blocks=False, secret=""),
+        default_timeout_seconds=9.0,
+    )
 
 
 def asking(*blocks: BlockInput, **fields: Any) -> GenerateRequest:

@@ -96,7 +96,7 @@ class Soak:
 async def soak(folder: Path, requests: int, seed: int) -> bool:
     """Runs it and says how memory went; True when it stayed."""
     decode = {"pool_bytes": 8 << 20, "max_waiting": 64}
-    async with serving(folder, decode_settings=decode, prefill_settings={"store_bytes": 8 << 20}) as served:
+    async with serving(folder, decode_settings=decode, prefill_settings={"ram_bytes": 8 << 20}) as served:
         soaking = Soak(served, seed, concurrency=16)
         await soaking.run(max(requests // 10, 1))
         base = resident_bytes()

@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
+from prefill_worker.batch_queue import Urgency
 from prefill_worker.encoder import Encoder
 from prefill_worker.link import LinkBrokenError
 from prefill_worker.shipper import Shipper
-from prefill_worker.store import RamStore
 from shared.engine.served_model import ServedModel
 from shared.internal.v1.common_pb2 import KvEndpoint, Reservation, WorkerIdentity
 from shared.runtime import cancelled
@@ -31,11 +31,17 @@ async def test_an_odd_address_fails_its_transfer_and_the_shipper_still_closes(ad
 
 
 async def test_encoding_pauses_while_too_much_waits_to_be_shipped(served: ServedModel) -> None:
-    store = RamStore(0)
-    encoder = Encoder(served, store, max_queued=100, max_unshipped_bytes=1)
+    encoder = Encoder(
+        served,
+        lambda _: None,
+        max_queued_blocks=100,
+        max_queued_tokens=1000,
+        max_unshipped_bytes=1,
+        batch_tokens=100,
+    )
     running = asyncio.create_task(encoder.run())
-    first, _ = encoder.request(b"1" * 32, [5, 6, 7], store=False)
-    second, _ = encoder.request(b"2" * 32, [5, 6, 8], store=False)
+    first, _ = encoder.request(b"1" * 32, [5, 6, 7], store=False, urgency=Urgency.NORMAL)
+    second, _ = encoder.request(b"2" * 32, [5, 6, 8], store=False, urgency=Urgency.NORMAL)
     await first.done
     await asyncio.sleep(0.1)
     assert not second.done.done()

@@ -10,7 +10,6 @@ import pytest
 from shared.errors import DrystoneError, Reason
 from shared.internal.v1.transfer_pb2 import TransferHeader
 from shared.transfer.envelope import seal
-from shared.transfer.raw import raw_bytes
 from tests.support.decode_parts import assert_all_free_after_eviction
 from tests.support.wire import CHUNKS, Frames, Wire, flipped, make_block, wired
 
@@ -100,7 +99,7 @@ async def deliver(wire: Wire, number: int, draw: random.Random) -> int:
             for fetch in request.fetches if draw.random() < 0.5 else ():
                 fetch.restart()
     # Encodings of one number have equal bytes, whichever birth arrived.
-    assert wire.resident_bytes(block) == bytes(raw_bytes(block.extent))
+    assert wire.resident_bytes(block) == bytes(block.data)
     wire.end(request)
     return failures
 

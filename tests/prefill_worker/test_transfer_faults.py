@@ -11,7 +11,6 @@ import pytest
 from prefill_worker.link import LinkBrokenError
 from shared.errors import DrystoneError, Reason
 from shared.internal.v1.transfer_pb2 import TransferHeader
-from shared.transfer.raw import raw_bytes
 from tests.support.decode_parts import assert_all_free_after_eviction
 from tests.support.stacks import until
 from tests.support.wire import CHUNKS, SHAPE, TOKENS, Fault, Frames, Wire, flipped, make_block, untouched, wired
@@ -35,7 +34,7 @@ async def assert_ships(wire: Wire, number: int = 1) -> int:
     block = make_block(number)
     request = wire.expect(block)
     shipped = await wire.ship(block, wire.reservation(request))
-    assert wire.resident_bytes(block) == bytes(raw_bytes(block.extent))
+    assert wire.resident_bytes(block) == bytes(block.data)
     wire.end(request)
     [link] = wire.links()
     assert link._transfers == {}
@@ -236,7 +235,7 @@ async def test_more_than_the_credit_waits_its_turn() -> None:
             *(wire.ship(block, wire.reservation(one)) for block, one in zip(blocks, requests, strict=True))
         )
         for block in blocks:
-            assert wire.resident_bytes(block) == bytes(raw_bytes(block.extent))
+            assert wire.resident_bytes(block) == bytes(block.data)
         for request in requests:
             wire.end(request)
         await assert_ships(wire, 20)

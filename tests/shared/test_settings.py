@@ -98,9 +98,9 @@ def test_a_bad_file_exits_with_2(content: str, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_the_environment_of_another_role_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DRYSTONE_STORE_BYTES", "123")
+    monkeypatch.setenv("DRYSTONE_RAM_BYTES", "123")
     monkeypatch.setenv("DRYSTONE_POOL_BYTES", "2000000")
-    assert PrefillSettings.from_command_line("prefill", []).store_bytes == 123
+    assert PrefillSettings.from_command_line("prefill", []).ram_bytes == 123
     assert read().pool_bytes == 2_000_000
     assert GatewaySettings.from_command_line("gateway", []).port == 0
 

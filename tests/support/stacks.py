@@ -16,14 +16,14 @@ from shared.rpc.channel import open_channel
 from tests.support.decode_parts import assert_all_free_after_eviction, assert_idle
 
 POOL_BYTES = 32 << 20
-STORE_BYTES = 32 << 20
+RAM_BYTES = 32 << 20
 
 
 @contextlib.asynccontextmanager
 async def serving(folder: Path, **options: Any) -> AsyncIterator[Served]:
     """A started stack with small memories, and a client of it. It must be idle when the test is done."""
     options["decode_settings"] = {"pool_bytes": POOL_BYTES, **options.get("decode_settings", {})}
-    options["prefill_settings"] = {"store_bytes": STORE_BYTES, **options.get("prefill_settings", {})}
+    options["prefill_settings"] = {"ram_bytes": RAM_BYTES, **options.get("prefill_settings", {})}
     options["gateway_settings"] = {"poll_seconds": 0.2, **options.get("gateway_settings", {})}
     timeouts = drystone.Timeouts(generate=30.0)
     async with (
@@ -78,8 +78,8 @@ class Served:
             while app.pool.blocks.evict_one():
                 pass
         for worker in self.stack.prefill_apps:
-            for block in worker.store.all():
-                worker.store.delete(block.key)
+            for key in worker.holdings.store.entries():
+                worker.holdings.store.ram.delete_now(key)
 
     async def until_idle(self, seconds: float = 5.0) -> None:
         """Waits until nothing runs anywhere, then holds the idle invariant of design §6 on every worker."""

@@ -28,6 +28,7 @@ def ticket(*blocks: tuple[int, ...], **changed: Any) -> Ticket:
         "model": "model",
         "compatibility": kind,
         "keys": keys,
+        "tenant": "",
         "plan": PlannedPrompt(planned, (5,), Attention.ATTENTION_BLOCK, 0, ()),
         "refs": tuple(BlockRef(key=keys.key(ids), token_ids=ids, store=True) for ids in blocks),
         "sampling": SamplingParams(seed=3, max_new_tokens=2),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Callable
 
 import torch
@@ -16,7 +15,7 @@ from decode_worker.receiver import Receiver
 from decode_worker.request import Fetch, Request
 from prefill_worker.link import Link, Shipped
 from prefill_worker.shipper import Shipper
-from prefill_worker.store import StoredBlock
+from prefill_worker.tiers.block import StoredBlock
 from shared.internal.v1.common_pb2 import BlockRef, Compatibility, KvEndpoint, Reservation, WorkerIdentity
 from shared.internal.v1.transfer_pb2 import TransferHeader
 from shared.kv.birth import make_birth
@@ -187,4 +186,4 @@ def make_block(number: int, tokens: int = TOKENS) -> StoredBlock:
     extent = torch.randn(SHAPE.layers, tokens, 2, SHAPE.kv_heads, SHAPE.head_dim, generator=generator)
     key = number.to_bytes(32, "big")
     birth = make_birth(key, SHAPE, tokens, raw_bytes(extent))
-    return StoredBlock(key, tuple(range(tokens)), extent, birth, last_used=time.monotonic())
+    return StoredBlock(key, tuple(range(tokens)), raw_bytes(extent), birth)

@@ -10,7 +10,11 @@ with drystone.Client("127.0.0.1:7700") as client:
     print(answer.text, answer.usage)
 """
 
+from drystone._async_blocks import AsyncBlocks
 from drystone._async_client import AsyncClient, AsyncStream
+from drystone._async_warm_stream import AsyncWarmStream
+from drystone._block_info import BlockInfo, BlockLocation, BlockSelector, DeletedBlocks
+from drystone._blocks import Blocks
 from drystone._client import Client, Stream
 from drystone._config import DEFAULT_ADDRESS, Timeouts
 from drystone._events import Completed, Event, SampleFinished, Started, TextDelta
@@ -43,21 +47,31 @@ from drystone._results import (
     TopLogprob,
     Usage,
 )
+from drystone._warm_stream import WarmStream
+from drystone._warming import Chunking, WarmedDocument, WarmOptions, WarmProgress, WarmResult
 
 __all__ = [
     "DEFAULT_ADDRESS",
     "Answer",
+    "AsyncBlocks",
     "AsyncClient",
     "AsyncStream",
+    "AsyncWarmStream",
     "Block",
+    "BlockInfo",
+    "BlockLocation",
     "BlockRole",
+    "BlockSelector",
     "BlockSource",
     "BlockStats",
+    "Blocks",
     "CancelledError",
+    "Chunking",
     "Client",
     "Completed",
     "ConnectError",
     "DeadlineExceededError",
+    "DeletedBlocks",
     "Document",
     "DrystoneError",
     "Event",
@@ -86,4 +100,9 @@ __all__ = [
     "Truncation",
     "UnavailableError",
     "Usage",
+    "WarmOptions",
+    "WarmProgress",
+    "WarmResult",
+    "WarmStream",
+    "WarmedDocument",
 ]

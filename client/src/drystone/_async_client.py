@@ -11,17 +11,22 @@ import grpc
 import grpc.aio
 
 from drystone import _replies as replies
+from drystone._async_blocks import AsyncBlocks
+from drystone._async_warm_stream import AsyncWarmStream
 from drystone._base import BaseClient, Progress
 from drystone._config import DEFAULT_ADDRESS, Timeouts
 from drystone._events import Completed, Event
+from drystone._tasks import task_is_cancelled
 from drystone.v1 import generation_pb2, generation_pb2_grpc, operations_pb2, operations_pb2_grpc
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from types import TracebackType
     from typing import Self, Unpack
 
-    from drystone._prompts import GenerateOptions
+    from drystone._prompts import Document, GenerateOptions
     from drystone._results import Answer, ModelInfo, ProcessStatus
+    from drystone._warming import WarmOptions
 
 _Request = TypeVar("_Request")
 _Reply = TypeVar("_Reply")
@@ -40,6 +45,7 @@ class AsyncClient(BaseClient):
         # Opened by the first call: a channel belongs to the loop that runs then.
         self._channel: grpc.aio.Channel | None = None
         self._closed = False
+        self._blocks = AsyncBlocks(self._generation, self._call, self.timeouts.blocks)
 
     async def generate(self, question: str | None = None, **options: Unpack[GenerateOptions]) -> Answer:
         """Answers one prompt and returns when the answer is complete.
@@ -65,18 +71,43 @@ class AsyncClient(BaseClient):
             DrystoneError: Here when the request cannot be sent, while iterating when it fails.
         """
         request, timeout = self._generate_request(question, options)
-        stub = generation_pb2_grpc.GenerationStub(self._open())
-        return AsyncStream(stub.Generate(request, timeout=timeout), Progress(self.address, request.request_id))
+        call = self._generation().Generate(request, timeout=timeout)
+        return AsyncStream(call, Progress(self.address, request.request_id))
+
+    def warm(self, documents: Iterable[Document | str], **options: Unpack[WarmOptions]) -> AsyncWarmStream:
+        """Encodes documents ahead of the requests that will use them. Leaving the stream cancels.
+
+        The documents are read as they are sent, at most 256 or 4 MiB in one call, so a generator of any length may
+        give them. What is there already is skipped, so repeating a warm that was interrupted goes on from there.
+
+        Args:
+            documents: Documents, or texts without titles.
+            **options: See `WarmOptions`.
+
+        Example:
+            >>> result = await client.warm(documents, tags=["handbook"]).result()
+            >>> answer = await client.generate("Why?", documents=[drystone.Document(key=result.documents[0].keys[0])])
+
+        Raises:
+            DrystoneError: Here when the request cannot be sent, while iterating when a call fails for good.
+        """
+        return AsyncWarmStream(self._generation().Warm, *self._warm_state(documents, options))
+
+    @property
+    def blocks(self) -> AsyncBlocks:
+        """The blocks that the cluster holds."""
+        return self._blocks
 
     async def model(self, name: str = "") -> ModelInfo:
         """What a model is and what it takes. An empty name means the gateway's only model."""
-        stub = generation_pb2_grpc.GenerationStub(self._open())
-        return replies.model_info(await self._call(stub.GetModel, generation_pb2.GetModelRequest(model=name)))
+        request = generation_pb2.GetModelRequest(model=name)
+        return replies.model_info(await self._call(self._generation().GetModel, request, self.timeouts.control))
 
     async def status(self) -> tuple[ProcessStatus, ...]:
         """State of the gateway and of every worker that it knows, the gateway first."""
         stub = operations_pb2_grpc.OperationsStub(self._open())
-        return replies.processes(await self._call(stub.GetStatus, operations_pb2.GetStatusRequest()))
+        request = operations_pb2.GetStatusRequest()
+        return replies.processes(await self._call(stub.GetStatus, request, self.timeouts.control))
 
     async def close(self) -> None:
         """Closes the connection and cancels every call on it."""
@@ -101,9 +132,14 @@ class AsyncClient(BaseClient):
             self._channel = grpc.aio.insecure_channel(self.address, options=self._channel_options())
         return self._channel
 
-    async def _call(self, method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Reply], request: _Request) -> _Reply:
+    def _generation(self) -> generation_pb2_grpc.GenerationAsyncStub:
+        return generation_pb2_grpc.GenerationStub(self._open())
+
+    async def _call(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Reply], request: _Request, seconds: float | None
+    ) -> _Reply:
         try:
-            return await method(request, timeout=self.timeouts.control)
+            return await method(request, timeout=seconds)
         except grpc.RpcError as error:
             raise self._error(error) from error
 
@@ -138,7 +174,7 @@ class AsyncStream(AsyncIterator[Event]):
             try:
                 response = await self._call.read()
             except asyncio.CancelledError:
-                if self._closed and not _task_is_cancelled():
+                if self._closed and not task_is_cancelled():
                     break
                 raise
             except grpc.RpcError as error:
@@ -192,9 +228,3 @@ class AsyncStream(AsyncIterator[Event]):
         self._closed = True
         with contextlib.suppress(grpc.RpcError):
             await self._call.read()
-
-
-def _task_is_cancelled() -> bool:
-    """True when it is the running task that someone cancelled, and not only a call that it waits for."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

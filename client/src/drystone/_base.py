@@ -11,12 +11,17 @@ from drystone._config import DEFAULT_ADDRESS, Timeouts, channel_options
 from drystone._events import Completed, Event, SampleFinished, Started, TextDelta
 from drystone._exceptions import DrystoneError, InternalError
 from drystone._results import Answer, FinishReason, Sample, TokenLogprob
+from drystone._retries import Retries
 from drystone._rpc_errors import from_rpc_error
+from drystone._warm_state import WarmState
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import grpc
 
-    from drystone._prompts import GenerateOptions
+    from drystone._prompts import Document, GenerateOptions
+    from drystone._warming import WarmOptions
     from drystone.v1 import generation_pb2
 
 
@@ -44,6 +49,11 @@ class BaseClient:
     ) -> tuple[generation_pb2.GenerateRequest, float | None]:
         """The request and its time in seconds."""
         return requests.generate_request(question, options), options.get("timeout", self.timeouts.generate)
+
+    def _warm_state(self, documents: Iterable[Document | str], options: WarmOptions) -> tuple[WarmState, float | None]:
+        """The state of a `warm`, and the time of each of its calls in seconds."""
+        state = WarmState(documents, options, address=self.address, retries=Retries())
+        return state, options.get("timeout", self.timeouts.warm)
 
     def _error(self, error: grpc.RpcError) -> DrystoneError:
         return from_rpc_error(error, address=self.address)

@@ -10,16 +10,20 @@ import grpc
 
 from drystone import _replies as replies
 from drystone._base import BaseClient, Progress
+from drystone._blocks import Blocks
 from drystone._config import DEFAULT_ADDRESS, Timeouts
 from drystone._events import Completed, Event
+from drystone._warm_stream import WarmStream
 from drystone.v1 import generation_pb2, generation_pb2_grpc, operations_pb2, operations_pb2_grpc
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from types import TracebackType
     from typing import Self, Unpack
 
-    from drystone._prompts import GenerateOptions
+    from drystone._prompts import Document, GenerateOptions
     from drystone._results import Answer, ModelInfo, ProcessStatus
+    from drystone._warming import WarmOptions
 
 _Request = TypeVar("_Request")
 _Reply = TypeVar("_Reply")
@@ -38,6 +42,7 @@ class Client(BaseClient):
         self._channel = grpc.insecure_channel(self.address, options=self._channel_options())
         self._generation = generation_pb2_grpc.GenerationStub(self._channel)
         self._operations = operations_pb2_grpc.OperationsStub(self._channel)
+        self._blocks = Blocks(self._generation, self._call, self.timeouts.blocks)
 
     def generate(self, question: str | None = None, **options: Unpack[GenerateOptions]) -> Answer:
         """Answers one prompt and returns when the answer is complete.
@@ -65,15 +70,39 @@ class Client(BaseClient):
         request, timeout = self._generate_request(question, options)
         return Stream(self._generation.Generate(request, timeout=timeout), Progress(self.address, request.request_id))
 
+    def warm(self, documents: Iterable[Document | str], **options: Unpack[WarmOptions]) -> WarmStream:
+        """Encodes documents ahead of the requests that will use them. Leaving the stream cancels.
+
+        The documents are read as they are sent, at most 256 or 4 MiB in one call, so a generator of any length may
+        give them. What is there already is skipped, so repeating a warm that was interrupted goes on from there.
+
+        Args:
+            documents: Documents, or texts without titles.
+            **options: See `WarmOptions`.
+
+        Example:
+            >>> result = client.warm(documents, tags=["handbook"]).result()
+            >>> answer = client.generate("Why?", documents=[drystone.Document(key=result.documents[0].keys[0])])
+
+        Raises:
+            DrystoneError: Here when the request cannot be sent, while iterating when a call fails for good.
+        """
+        return WarmStream(self._generation.Warm, *self._warm_state(documents, options))
+
+    @property
+    def blocks(self) -> Blocks:
+        """The blocks that the cluster holds."""
+        return self._blocks
+
     def model(self, name: str = "") -> ModelInfo:
         """What a model is and what it takes. An empty name means the gateway's only model."""
-        return replies.model_info(
-            self._call(self._generation.GetModel, generation_pb2.GetModelRequest(model=name)),
-        )
+        request = generation_pb2.GetModelRequest(model=name)
+        return replies.model_info(self._call(self._generation.GetModel, request, self.timeouts.control))
 
     def status(self) -> tuple[ProcessStatus, ...]:
         """State of the gateway and of every worker that it knows, the gateway first."""
-        return replies.processes(self._call(self._operations.GetStatus, operations_pb2.GetStatusRequest()))
+        request = operations_pb2.GetStatusRequest()
+        return replies.processes(self._call(self._operations.GetStatus, request, self.timeouts.control))
 
     def close(self) -> None:
         """Closes the connection and cancels every call on it."""
@@ -89,9 +118,11 @@ class Client(BaseClient):
         """Closes."""
         self.close()
 
-    def _call(self, method: grpc.UnaryUnaryMultiCallable[_Request, _Reply], request: _Request) -> _Reply:
+    def _call(
+        self, method: grpc.UnaryUnaryMultiCallable[_Request, _Reply], request: _Request, seconds: float | None
+    ) -> _Reply:
         try:
-            return method(request, timeout=self.timeouts.control)
+            return method(request, timeout=seconds)
         except grpc.RpcError as error:
             raise self._error(error) from error
 

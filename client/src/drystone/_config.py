@@ -19,11 +19,15 @@ class Timeouts:
     Args:
         connect: For one attempt to reach the gateway.
         generate: For a whole answer, from the call to its last event. None leaves it to the server.
+        warm: For one call of warming, which carries at most 256 documents.
+        blocks: For one call about stored blocks: a page of them, pinning, deletion.
         control: For every other call.
     """
 
     connect: float = 5.0
     generate: float | None = 600.0
+    warm: float | None = 1800.0
+    blocks: float | None = 60.0
     control: float | None = 10.0
 
 

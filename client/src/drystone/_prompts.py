@@ -144,6 +144,8 @@ class GenerateOptions(TypedDict, total=False):
     keep_tail: bool
     # Who goes first when there is more work than room: "low", "normal" or "high".
     priority: PriorityName | None
+    # Tenant on whose behalf a trusted caller asks. Empty: the tenant of the caller's own credential.
+    tenant: str
     request_id: str
     # Seconds for the whole answer; None leaves it to the server. Absent: the client's `Timeouts.generate`.
     timeout: float | None

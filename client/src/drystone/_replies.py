@@ -50,8 +50,8 @@ def processes(reply: operations_pb2.GetStatusResponse) -> tuple[results.ProcessS
     return tuple(
         results.ProcessStatus(
             worker_id=process.worker_id,
-            role=_name(operations_pb2.ProcessRole, "PROCESS_ROLE_", process.role),
-            state=_name(operations_pb2.ProcessState, "PROCESS_STATE_", process.state),
+            role=enum_name(operations_pb2.ProcessRole, "PROCESS_ROLE_", process.role),
+            state=enum_name(operations_pb2.ProcessState, "PROCESS_STATE_", process.state),
             address=process.address,
             model=process.model,
             model_fingerprint=process.model_fingerprint,
@@ -71,7 +71,7 @@ def _started(started: generation_pb2.Started) -> events.Started:
         model=started.model,
         model_fingerprint=started.model_fingerprint,
         seed=started.seed,
-        attention=_name(prompt_pb2.Attention, "ATTENTION_", started.attention),
+        attention=enum_name(prompt_pb2.Attention, "ATTENTION_", started.attention),
         prompt_tokens=started.prompt_tokens,
         truncated_tokens=started.truncated_tokens,
         dropped_documents=tuple(started.dropped_documents),
@@ -92,7 +92,9 @@ def _sample_finished(finished: generation_pb2.SampleFinished) -> events.SampleFi
     token_id = finished.matched_stop_token_id if finished.HasField("matched_stop_token_id") else None
     return events.SampleFinished(
         sample_index=finished.sample_index,
-        finish_reason=results.FinishReason(_name(sampling_pb2.FinishReason, "FINISH_REASON_", finished.finish_reason)),
+        finish_reason=results.FinishReason(
+            enum_name(sampling_pb2.FinishReason, "FINISH_REASON_", finished.finish_reason)
+        ),
         matched_stop=finished.matched_stop,
         matched_stop_token_id=token_id,
         completion_tokens=finished.completion_tokens,
@@ -132,10 +134,10 @@ def _blocks(blocks: Iterable[statistics_pb2.BlockStats]) -> tuple[results.BlockS
     return tuple(
         results.BlockStats(
             key=block.block_key,
-            role=results.BlockRole(_name(statistics_pb2.BlockRole, "BLOCK_ROLE_", block.role)),
+            role=results.BlockRole(enum_name(statistics_pb2.BlockRole, "BLOCK_ROLE_", block.role)),
             tokens=block.tokens,
             offset=block.offset,
-            source=results.BlockSource(_name(statistics_pb2.BlockSource, "BLOCK_SOURCE_", block.source)),
+            source=results.BlockSource(enum_name(statistics_pb2.BlockSource, "BLOCK_SOURCE_", block.source)),
             shipped_bytes=block.shipped_bytes,
             encode_ms=block.encode_ms,
             ship_ms=block.ship_ms,
@@ -156,7 +158,7 @@ def _logprob(entry: sampling_pb2.TokenLogprob) -> results.TokenLogprob:
     )
 
 
-def _name(enum: _EnumTypeWrapper[_Number], prefix: str, number: _Number) -> str:
+def enum_name(enum: _EnumTypeWrapper[_Number], prefix: str, number: _Number) -> str:
     """Our name of an enum value; a value that only a newer server knows is unspecified."""
     try:
         return enum.Name(number).removeprefix(prefix).lower()

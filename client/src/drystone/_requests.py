@@ -45,6 +45,7 @@ def generate_request(question: str | None, options: GenerateOptions) -> generati
     request = generation_pb2.GenerateRequest(
         model=options.get("model", ""),
         request_id=options.get("request_id", ""),
+        tenant=options.get("tenant", ""),
         sampling=_sampling(options),
     )
     try:
@@ -61,7 +62,7 @@ def generate_request(question: str | None, options: GenerateOptions) -> generati
     if truncation := options.get("truncation"):
         request.truncation.CopyFrom(_truncation(truncation))
     if template := options.get("template"):
-        request.template.CopyFrom(_template(template))
+        request.template.CopyFrom(template_options(template))
     if (samples := options.get("n")) is not None:
         _set(request, "n", samples, "n")
     if (structured := _structured(options)) is not None:
@@ -81,24 +82,29 @@ def _set_prompt(request: generation_pb2.GenerateRequest, question: str | None, o
     if instructions is not None and question is None:
         raise TypeError("instructions go with question; put them into blocks or messages")
     if question is not None:
-        rag = prompt_pb2.RagPrompt(question=question, documents=map(_document, documents))
+        rag = prompt_pb2.RagPrompt(question=question, documents=map(document, documents))
         if instructions is not None:
             rag.instructions = instructions
         request.rag.CopyFrom(rag)
     elif blocks is not None:
         request.blocks.CopyFrom(prompt_pb2.BlocksPrompt(blocks=map(_block, blocks)))
     elif messages is not None:
-        chat = prompt_pb2.ChatPrompt(messages=map(_message, messages), documents=map(_document, documents))
+        chat = prompt_pb2.ChatPrompt(messages=map(_message, messages), documents=map(document, documents))
         request.chat.CopyFrom(chat)
 
 
-def _document(given: Document | str) -> prompt_pb2.Document:
-    document = Document(text=given) if isinstance(given, str) else given
-    if document.key:
-        return prompt_pb2.Document(title=document.title, block_key=document.key)
-    if isinstance(document.text, bytes):
-        return prompt_pb2.Document(title=document.title, utf8_text=document.text)
-    return prompt_pb2.Document(title=document.title, text=document.text)
+def document(given: Document | str) -> prompt_pb2.Document:
+    """A document for the wire.
+
+    Raises:
+        UnicodeError: When it is not Unicode.
+    """
+    given = Document(text=given) if isinstance(given, str) else given
+    if given.key:
+        return prompt_pb2.Document(title=given.title, block_key=given.key)
+    if isinstance(given.text, bytes):
+        return prompt_pb2.Document(title=given.title, utf8_text=given.text)
+    return prompt_pb2.Document(title=given.title, text=given.text)
 
 
 def _block(given: Block | str) -> prompt_pb2.BlockInput:
@@ -180,7 +186,12 @@ def _truncation(given: Truncation | str) -> prompt_pb2.Truncation:
     return message
 
 
-def _template(given: Template | str) -> prompt_pb2.TemplateOptions:
+def template_options(given: Template | str) -> prompt_pb2.TemplateOptions:
+    """Template options for the wire.
+
+    Raises:
+        InvalidRequestError: When the keywords are not JSON.
+    """
     template = Template(name=given) if isinstance(given, str) else given
     message = prompt_pb2.TemplateOptions(
         name=template.name,

@@ -183,10 +183,11 @@ def test_base_model_gets_its_bos(base: PromptTokenizer, make_planner: MakePlanne
     assert base.bos_token_id not in all_ids(planner.plan(blocks("Stone.", "Why?"), {}))
 
 
-def test_passage_ids_are_those_of_the_plan(chatml: PromptTokenizer, make_planner: MakePlanner):
+def test_ids_of_documents_and_preamble_are_those_of_the_plan(chatml: PromptTokenizer, make_planner: MakePlanner):
     planner, request = make_planner(chatml), rag("Stone.")
-    ids = planner.passage_ids(request.rag.documents[0], {}, field="documents[0]")
-    assert ids == planner.plan(request, {}).blocks[1].token_ids
+    [ids] = planner.document_ids(request.rag.documents[0], {}, field="documents[0]")
+    [preamble] = planner.preamble_ids(request.template)
+    assert (preamble, ids) == tuple(block.token_ids for block in planner.plan(request, {}).blocks)
 
 
 def test_missing_template_for_a_conversation_is_said(base: PromptTokenizer, make_planner: MakePlanner):

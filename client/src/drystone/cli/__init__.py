@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from drystone.cli import ask, check, demo, serve, status
+from drystone.cli import ask, blocks, check, demo, serve, status, warm
 
 
 def build_app() -> typer.Typer:
@@ -21,6 +21,8 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_options)
     app.command("ask")(ask.ask)
+    app.command("warm")(warm.warm)
+    app.add_typer(blocks.build_app(), name="blocks")
     app.command("status")(status.status)
     app.command("serve")(serve.serve)
     app.command("check")(check.check)
@@ -49,6 +51,7 @@ def _options(
 ) -> None:
     """Block-attention serving: a document's KV is computed once and laid into any prompt.
 
-    Exit codes: 0 done, 1 failed or different, 2 wrong usage, 3 server packages not installed, 4 no server.
+    Exit codes: 0 done, 1 failed or different, 2 wrong usage, 3 server packages not installed, 4 no server,
+    130 interrupted.
     """
     del show_version  # its callback has acted

@@ -28,6 +28,7 @@ class ExitCode(IntEnum):
     USAGE = 2
     NOT_INSTALLED = 3
     NO_SERVER = 4
+    INTERRUPTED = 130
 
 
 def say(message: str) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 from enum import StrEnum
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -53,6 +54,14 @@ def serve(
             min=1, envvar="DRYSTONE_THREADS", help="torch threads of each worker. Default: an even share of the cores."
         ),
     ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="DRYSTONE_STORE",
+            file_okay=False,
+            help="Folder in which blocks are kept over restarts, tokens of documents among them. Default: none.",
+        ),
+    ] = None,
     log_level: Annotated[
         LogLevel, typer.Option(envvar="DRYSTONE_LOG_LEVEL", help="Least level that is logged.")
     ] = LogLevel.INFO,
@@ -66,6 +75,7 @@ def serve(
     \b
     Examples:
       drystone serve
+      drystone serve --store ~/.local/share/drystone
       drystone serve --model ./Llama-3.2-1B-block-FT --dtype bfloat16 --prefill 2
 
     \b
@@ -87,6 +97,7 @@ def serve(
         threads=threads,
         log_level=log_level,
         json_logs=json_logs,
+        store=store.absolute() if store is not None else None,
     )
     try:
         _run(Supervisor(options, report=say))

@@ -14,7 +14,7 @@ from rich.table import Table
 from drystone import BlockRole
 
 if TYPE_CHECKING:
-    from drystone import Answer, BlockStats
+    from drystone import Answer, BlockSource, BlockStats
 
 _STEP = 1024
 
@@ -56,6 +56,11 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def source_label(source: BlockSource) -> str:
+    """A source for people."""
+    return source.replace("_", " ").replace("ram", "RAM")
+
+
 def _sources(blocks: tuple[BlockStats, ...]) -> Table:
     counts = Counter[str]()
     tokens = Counter[str]()
@@ -74,7 +79,7 @@ def _sources(blocks: tuple[BlockStats, ...]) -> Table:
 def _label(block: BlockStats) -> str:
     if block.role is BlockRole.QUESTION:
         return "question"
-    return block.source.replace("_", " ").replace("ram", "RAM")
+    return source_label(block.source)
 
 
 def _token_text(token: bytes) -> str:

@@ -25,7 +25,7 @@ _POOL_SHARE: Final = 0.5
 _OURS: Final = frozenset(
     f"DRYSTONE_{name}"
     for name in (
-        *("CONFIG", "HOST", "PORT", "KV_PORT", "MODEL", "MODEL_NAME", "DTYPE", "THREADS", "WORKER_ID"),
+        *("CONFIG", "HOST", "PORT", "KV_PORT", "MODEL", "MODEL_NAME", "DTYPE", "THREADS", "WORKER_ID", "DISK_PATH"),
         *("PREFILL", "DECODE", "PREFILL_WORKERS", "DECODE_WORKERS", "POOL_SHARE"),
         *("READY_FILE", "EXIT_WITH_PARENT", "DRAIN_SECONDS", "LOG_LEVEL", "LOG_FORMAT"),
     )
@@ -79,8 +79,11 @@ def worker_flags(options: ServeOptions, model: ServedModel, name: str, ready_fil
     """Flags of a worker; it serves on loopback, on a free port."""
     # Decode workers on one machine share its memory: each takes its part of what one alone would take.
     share = ["--pool-share", f"{_POOL_SHARE / max(options.decode, 1):g}"] if name.startswith("decode-") else []
+    # Each worker has a folder of its own there: two would evict each other's blocks.
+    disk = ["--disk-path", str(options.store / name)] if options.store and name.startswith("prefill-") else []
     return [
         *share,
+        *disk,
         *_common_flags(options, model, ready_file),
         *("--host", "127.0.0.1", "--port", "0"),
         *("--worker-id", name),

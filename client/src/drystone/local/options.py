@@ -24,6 +24,7 @@ class ServeOptions:
         threads: torch threads of each worker. None shares the cores evenly.
         log_level: "debug", "info", "warning" or "error".
         json_logs: Log JSON lines instead of text.
+        store: Folder in which prefill workers keep blocks and records over restarts. None: on no disk.
         start_seconds: Longest time from the first process to the last one ready.
         grace_seconds: Time that the gateway, and then the workers, have between SIGTERM and SIGKILL.
     """
@@ -37,6 +38,7 @@ class ServeOptions:
     threads: int | None = None
     log_level: str = "info"
     json_logs: bool = False
+    store: Path | None = None
     start_seconds: float = 300.0
     grace_seconds: float = 10.0
 

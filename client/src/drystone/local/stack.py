@@ -32,6 +32,7 @@ class InProcessStack:
         decode_settings: More settings of each decode worker.
         prefill_settings: More settings of each prefill worker.
         gateway_settings: More settings of the gateway.
+        store: Folder in which each prefill worker keeps blocks and records, in one of its own. None: on no disk.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class InProcessStack:
     decode_settings: dict[str, Any] = field(default_factory=dict)
     prefill_settings: dict[str, Any] = field(default_factory=dict)
     gateway_settings: dict[str, Any] = field(default_factory=dict)
+    store: Path | None = None
     prefill_apps: list[PrefillApp] = field(default_factory=list)
     decode_apps: list[DecodeApp] = field(default_factory=list)
     gateway_app: GatewayApp | None = None
@@ -76,7 +78,9 @@ class InProcessStack:
                     await asyncio.to_thread(DecodeApp, settings, self.folder, self.name, self.trace)
                 )
             for index in range(self.prefill):
-                own = PrefillSettings(worker_id=f"prefill-{index}", **prefill)
+                name = f"prefill-{index}"
+                disk: dict[str, Any] = {} if self.store is None else {"disk_path": self.store / name}
+                own = PrefillSettings(worker_id=name, **disk, **prefill)
                 self.prefill_apps.append(await asyncio.to_thread(PrefillApp, own, self.folder, self.name))
             workers = [(await app.start())["grpc_address"] for app in self._workers]
             gateway = GatewaySettings(

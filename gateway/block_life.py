@@ -1,0 +1,202 @@
+"""The life of blocks over the whole cluster: described, pinned, deleted.
+
+Workers know their own blocks; the gateway asks them all at once and puts together what they say. Deleting asks every
+worker that it is configured with, because one that cannot be reached may hold the block on its disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
+
+import grpc
+
+from drystone.v1 import generation_pb2 as v1
+from drystone.v1.operations_pb2 import ProcessRole
+from drystone.v1.statistics_pb2 import BlockSource
+from gateway.accounting import OBJECT_STORE, SOURCES
+from gateway.cluster import Cluster
+from gateway.selectors import MAX_PAGE, page, refuse_everything, stored_request
+from gateway.tenants import Tenants
+from gateway.worker import Worker
+from shared import logs
+from shared.errors import DrystoneError, Reason
+from shared.internal.v1 import decode_pb2 as decode
+from shared.internal.v1 import prefill_pb2 as prefill
+from shared.internal.v1.common_pb2 import ShipSource
+from shared.rpc.errors import from_rpc_error
+
+_ASK_SECONDS = 30.0
+T = TypeVar("T")
+
+
+class BlockLife:
+    """What operators do to blocks, for one gateway."""
+
+    def __init__(self, cluster: Cluster, tenants: Tenants) -> None:
+        self._cluster = cluster
+        self._tenants = tenants
+        self._log = logs.get("blocks")
+
+    async def describe(self, request: v1.DescribeBlocksRequest) -> v1.DescribeBlocksResponse:
+        """One page of blocks, in the order of their keys.
+
+        Raises:
+            DrystoneError: The selector breaks a rule, or a worker in use does not answer.
+        """
+        wanted = stored_request(request.selector, self._tenants)
+        size, after = page(request.page_size, request.page_token)
+        found = await self._page(wanted, size, after)
+        more = found[-1].block_key if len(found) == size else ""
+        return v1.DescribeBlocksResponse(blocks=found, next_page_token=more)
+
+    async def pin(self, request: v1.PinBlocksRequest) -> int:
+        """Pins the selected blocks wherever they are, or lets them go; how many changed anywhere.
+
+        Raises:
+            DrystoneError: The selector breaks a rule, or a worker in use does not answer.
+        """
+        if not request.unpin:
+            refuse_everything(request.selector, "pinning")
+        keys = await self._selected(request.selector)
+        at_prefill = prefill.PinStoredRequest(keys=keys, unpin=request.unpin)
+        at_decode = decode.PinResidentRequest(keys=keys, unpin=request.unpin)
+        stored = await _all(w.prefill().PinBlocks(at_prefill, timeout=_ASK_SECONDS) for w in self._prefill())
+        resident = await _all(w.decode().PinBlocks(at_decode, timeout=_ASK_SECONDS) for w in self._decode())
+        changed = {bytes(key) for answer in stored for key in answer.changed}
+        return len(changed.union(bytes(key) for answer in resident for key in answer.changed))
+
+    async def delete(self, request: v1.DeleteBlocksRequest) -> v1.DeleteBlocksResponse:
+        """Removes the selected blocks from every tier and every worker before it returns.
+
+        Raises:
+            DrystoneError: The selector breaks a rule; or a worker cannot be reached or could not remove them, and then
+                some may be left: the same call may be made again.
+        """
+        refuse_everything(request.selector, "deleting")
+        keys = await self._selected(request.selector)
+        deleted, freed = set[bytes](), 0
+        # Prefill workers first: they are where decode workers would get the block from again.
+        at_prefill = prefill.DeleteStoredRequest(keys=keys)
+        stored = await self._on_every(ProcessRole.PROCESS_ROLE_PREFILL, lambda w: w.prefill().DeleteBlocks(at_prefill))
+        at_decode = decode.DropResidentRequest(keys=keys)
+        resident = await self._on_every(ProcessRole.PROCESS_ROLE_DECODE, lambda w: w.decode().DropBlocks(at_decode))
+        for answer in stored:
+            deleted.update(map(bytes, answer.deleted))
+            freed += answer.bytes_freed
+        for dropped in resident:
+            deleted.update(map(bytes, dropped.dropped))
+            freed += dropped.bytes_freed
+        for worker in self._decode():
+            for key in keys:
+                worker.resident.pop(key, None)
+        self._log.info("deleted", blocks=len(deleted), bytes_freed=freed)
+        return v1.DeleteBlocksResponse(blocks_deleted=len(deleted), bytes_freed=freed)
+
+    async def _selected(self, selector: v1.BlockSelector) -> list[bytes]:
+        """Keys of all blocks that a selector selects."""
+        wanted = stored_request(selector, self._tenants)
+        keys: list[bytes] = []
+        while True:
+            found = await self._page(wanted, MAX_PAGE, keys[-1] if keys else b"")
+            keys.extend(bytes.fromhex(block.block_key) for block in found)
+            if len(found) < MAX_PAGE:
+                return keys
+
+    async def _page(self, wanted: prefill.DescribeStoredRequest, size: int, after: bytes) -> list[v1.BlockDescription]:
+        ask = prefill.DescribeStoredRequest()
+        ask.CopyFrom(wanted)
+        ask.page_size, ask.after_key = size, after
+        holders = self._prefill()
+        stored = await _all(worker.prefill().DescribeBlocks(ask, timeout=_ASK_SECONDS) for worker in holders)
+        blocks: dict[bytes, v1.BlockDescription] = {}
+        for worker, answer in zip(holders, stored, strict=True):
+            for block in answer.blocks:
+                _add_stored(blocks.setdefault(bytes(block.key), _described(block.key, block.tokens)), block, worker)
+        users = self._decode()
+        everything = decode.DescribeResidentRequest(keys=wanted.keys)
+        resident = await _all(worker.decode().DescribeBlocks(everything, timeout=_ASK_SECONDS) for worker in users)
+        for worker, told in zip(users, resident, strict=True):
+            for one in told.blocks:
+                key = bytes(one.key)
+                if key not in blocks and not _selects(wanted, one, after):
+                    continue
+                _add_resident(blocks.setdefault(key, _described(key, one.tokens)), one, worker)
+        return [blocks[key] for key in sorted(blocks)][:size]
+
+    def _prefill(self) -> list[Worker]:
+        return self._cluster.prefill_workers
+
+    def _decode(self) -> list[Worker]:
+        return self._cluster.decode_workers
+
+    async def _on_every(self, role: ProcessRole.ValueType, call: Callable[[Worker], Awaitable[T]]) -> list[T]:
+        """Calls every worker of a role, usable or not; one of another kind of KV holds none of these blocks."""
+        kind = self._cluster.info.compatibility
+        workers = [w for w in self._cluster.workers if w.role == role and (w.info is None or w.serves(kind))]
+        answers = await asyncio.gather(*(_within(call(worker)) for worker in workers), return_exceptions=True)
+        good: list[T] = []
+        for worker, answer in zip(workers, answers, strict=True):
+            if isinstance(answer, BaseException):
+                why = answer.details() if isinstance(answer, grpc.aio.AioRpcError) else str(answer)
+                raise DrystoneError(
+                    Reason.WORKER_LOST,
+                    f"worker {worker.worker_id} did not remove the blocks: {why}; some may be left: delete again",
+                    metadata={"worker_id": worker.worker_id},
+                    retry_after_ms=1000,
+                ) from answer
+            good.append(answer)
+        return good
+
+
+async def _within(answer: Awaitable[T]) -> T:
+    async with asyncio.timeout(_ASK_SECONDS):
+        return await answer
+
+
+async def _all(calls: Iterable[Awaitable[T]]) -> list[T]:
+    """Every answer; raises DrystoneError when a worker does not give one."""
+    try:
+        return list(await asyncio.gather(*calls))
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error, Reason.WORKER_LOST) from error
+
+
+def _described(key: bytes, tokens: int) -> v1.BlockDescription:
+    return v1.BlockDescription(block_key=key.hex(), tokens=tokens)
+
+
+def _add_stored(block: v1.BlockDescription, stored: prefill.StoredBlock, worker: Worker) -> None:
+    _used(block, stored.hits, stored.idle_ms)
+    for tier in stored.tiers:
+        shared = tier == ShipSource.SHIP_SOURCE_OBJECT_STORE
+        place = OBJECT_STORE if shared else worker.worker_id
+        if not any(known.place == place and known.source == SOURCES[tier] for known in block.locations):
+            block.locations.add(place=place, source=SOURCES[tier], bytes=stored.bytes)
+    block.pinned |= stored.pinned
+    block.tenant = stored.tenant
+    block.recorded |= stored.recorded
+    block.tags.extend(tag for tag in stored.tags if tag not in block.tags)
+    if stored.HasField("ttl_seconds"):
+        block.ttl_seconds = max(block.ttl_seconds, stored.ttl_seconds)
+
+
+def _add_resident(block: v1.BlockDescription, resident: decode.ResidentBlock, worker: Worker) -> None:
+    _used(block, resident.hits, resident.idle_ms)
+    block.locations.add(place=worker.worker_id, source=BlockSource.BLOCK_SOURCE_RESIDENT, bytes=resident.bytes)
+    block.pinned |= resident.pinned
+    if not block.recorded:
+        block.tenant = resident.tenant
+
+
+def _used(block: v1.BlockDescription, hits: int, idle_ms: int) -> None:
+    """Both kinds of worker count a request that had the block shipped: the larger count is the better one."""
+    block.idle_ms = min(block.idle_ms, idle_ms) if block.locations else idle_ms
+    block.hits = max(block.hits, hits)
+
+
+def _selects(wanted: prefill.DescribeStoredRequest, block: decode.ResidentBlock, after: bytes) -> bool:
+    """True for a block that only a decode worker holds, and that is meant all the same. It has no tags."""
+    key = bytes(block.key)
+    return not wanted.tags and block.tenant == wanted.tenant and key > after and key.hex().startswith(wanted.key_prefix)

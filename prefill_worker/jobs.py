@@ -1,0 +1,156 @@
+"""One job of a gateway: a block that is found or encoded, then shipped to a decode worker, or kept.
+
+    in memory? ── yes ─────────────────────────────────────────────┐
+        │ no                                                       ▼
+    on disk, in the object store? ── yes: into memory ────────► ship ──► done
+        │ no                                                       ▲
+    encode (joined by whoever else wants it) ──────────────────────┘
+
+The extent that the forward filled is the buffer that memory keeps, that files are written from and that links send:
+on a CPU no byte of KV is copied between them (docs/prefill.md counts the copies).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from prefill_worker.batch_queue import Urgency
+from prefill_worker.encoder import Encoder
+from prefill_worker.holdings import Holdings
+from prefill_worker.records.record import BlockRecord
+from prefill_worker.shipper import Shipper
+from prefill_worker.tiers.block import StoredBlock
+from shared.errors import DrystoneError, Reason
+from shared.internal.v1 import prefill_pb2 as pb
+from shared.internal.v1.common_pb2 import BlockRef, KvEndpoint, ShipSource
+from shared.kv.checks import check_block
+from shared.kv.keys import KeySpace
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """What all jobs of a call share.
+
+    Attributes:
+        keys: What their keys are made of, the tenant's salt among it.
+        tenant: Whose blocks they are.
+        endpoint: Where they are shipped.
+        urgency: Who is encoded first.
+        tags: Kept with records.
+        ttl_seconds: Life of records; None is for ever.
+        keep_records: Keep a record of each block.
+        pin: Keep the blocks from eviction.
+    """
+
+    keys: KeySpace
+    tenant: str
+    endpoint: KvEndpoint
+    urgency: Urgency
+    tags: tuple[str, ...] = ()
+    ttl_seconds: float | None = None
+    keep_records: bool = False
+    pin: bool = False
+
+
+class Jobs:
+    """Runs jobs. Leaving one withdraws its interest in the encoding."""
+
+    def __init__(self, holdings: Holdings, encoder: Encoder, shipper: Shipper, vocabulary_size: int) -> None:
+        self._holdings = holdings
+        self._encoder = encoder
+        self._shipper = shipper
+        self._vocabulary_size = vocabulary_size
+
+    async def run(self, job: pb.EncodeJob, errand: Errand) -> pb.BlockDone:
+        """Does a job; the caller bounds its time.
+
+        Raises:
+            DrystoneError: It could not be done; other jobs are not touched by that.
+        """
+        if job.block.token_ids:
+            check_block(job.block, errand.keys, self._vocabulary_size)
+        await self._note(job.block, errand)
+        if job.HasField("reservation"):
+            return await self._ship(job, errand)
+        return await self._keep(job.block, errand)
+
+    async def _note(self, ref: BlockRef, errand: Errand) -> None:
+        """The record first: should the KV never be made, the key is valid all the same."""
+        if errand.keep_records:
+            expires = None if errand.ttl_seconds is None else time.time() + errand.ttl_seconds
+            record = BlockRecord(
+                key=ref.key,
+                token_ids=tuple(ref.token_ids),
+                tenant=errand.tenant,
+                tenant_salt=errand.keys.tenant_salt,
+                tags=errand.tags,
+                expires_at=expires,
+                pinned=errand.pin,
+            )
+            await self._holdings.records.keep([record])
+        if errand.pin:
+            self._holdings.store.pin(ref.key, pinned=True)
+
+    async def _ship(self, job: pb.EncodeJob, errand: Errand) -> pb.BlockDone:
+        done = pb.BlockDone(key=job.block.key)
+        found = await self._holdings.store.find(job.block.key, len(job.block.token_ids) or None)
+        if found is not None:
+            block, done.source = found
+            await self._send(block, job, errand, done)
+            return done
+        ref = job.block if job.block.token_ids else await self._recorded(job.block, errand)
+        encoding, shared = self._encoder.request(
+            ref.key, ref.token_ids, store=ref.store, urgency=errand.urgency, tenant=errand.tenant
+        )
+        try:
+            block = await asyncio.shield(encoding.done)
+            done.source = ShipSource.SHIP_SOURCE_SHARED_ENCODE if shared else ShipSource.SHIP_SOURCE_ENCODED
+            done.encode_ms, done.queue_ms = (0.0 if shared else encoding.encode_ms), encoding.queue_ms
+            await self._send(block, job, errand, done)
+        finally:
+            self._encoder.leave(encoding)
+        return done
+
+    async def _send(self, block: StoredBlock, job: pb.EncodeJob, errand: Errand, done: pb.BlockDone) -> None:
+        began = time.monotonic()
+        shipped = await self._shipper.ship(block, job.reservation, errand.endpoint)
+        done.birth_id, done.bytes = block.birth.birth_id, block.bytes
+        done.ship_ms = (time.monotonic() - began) * 1e3
+        done.shipped_bytes, done.chunks_resent = shipped.bytes, shipped.chunks_resent
+
+    async def _keep(self, ref: BlockRef, errand: Errand) -> pb.BlockDone:
+        """Warming: done once the block is in every tier that can keep it."""
+        store = self._holdings.store
+        done, block = pb.BlockDone(key=ref.key), None
+        if not await store.where(ref.key):
+            whole = ref if ref.token_ids else await self._recorded(ref, errand)
+            encoding, shared = self._encoder.request(
+                whole.key, whole.token_ids, store=True, urgency=errand.urgency, tenant=errand.tenant
+            )
+            try:
+                block = await asyncio.shield(encoding.done)
+                done.birth_id = block.birth.birth_id
+            finally:
+                self._encoder.leave(encoding)
+            done.source = ShipSource.SHIP_SOURCE_SHARED_ENCODE if shared else ShipSource.SHIP_SOURCE_ENCODED
+            done.encode_ms, done.queue_ms = (0.0 if shared else encoding.encode_ms), encoding.queue_ms
+        tiers = await store.kept(ref.key, block)
+        if not tiers:
+            raise DrystoneError(
+                Reason.BLOCK_UNAVAILABLE,
+                "the block was encoded and no tier of the worker keeps it: they are too small, full of pinned blocks, "
+                "or cannot be written",
+            )
+        done.tiers.extend(tiers)
+        done.source = done.source or tiers[0]
+        done.bytes = self._holdings.extent_bytes(len(ref.token_ids))
+        return done
+
+    async def _recorded(self, ref: BlockRef, errand: Errand) -> BlockRef:
+        """A block that came without its tokens, with those of its record."""
+        record = (await self._holdings.records.get([ref.key])).get(ref.key)
+        if record is None or errand.keys.key(record.token_ids) != ref.key:
+            raise DrystoneError(Reason.UNKNOWN_BLOCK_KEY, f"this worker does not know block {ref.key.hex()}")
+        return BlockRef(key=ref.key, token_ids=record.token_ids, store=ref.store)
