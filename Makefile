@@ -10,6 +10,8 @@ TRITON ?= triton==3.9.0
 BASE ?= HEAD~1
 # Servers that `bench-engine` measures beside.
 PEERS ?= vllm
+# JSON Lines of questions with documents (title, text), for `bench-store` and `proof`.
+QUESTIONS ?= ../shared/data/hotpotqa-100.jsonl
 # More arguments for `serve`, `demo`, `check` and `bench-engine`, and for pytest.
 ARGS ?=
 PYTEST_ARGS ?=
@@ -23,7 +25,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env protos protos-check docs lint test demo serve check proof bench-engine clean
+.PHONY: help env protos protos-check docs lint test demo serve check proof bench-store bench-engine clean
 
 help: ## List the targets
 	@echo 'make TARGET [PYTHON=python3] [VENV=.venv] [ARGS=...] [PYTEST_ARGS=...]'
@@ -85,9 +87,15 @@ serve: env ## Run a gateway with a prefill and a decode worker until Ctrl-C
 check: env ## Compare served answers with the reference
 	@$(BIN)/drystone check $(ARGS)
 
-proof: env ## Long proofs: 10,000 requests that come and leave; 50 prompts, block and full attention, both types
+proof: env ## Long proofs: 10,000 requests, 100 kills during writes, warming interrupted, 50 prompts checked
 	@$(BIN)/python -m tests.load.soak
+	@DRYSTONE_CRASHES=100 $(BIN)/python -m pytest -q tests/prefill_worker -k 'crash or kill'
+	@if [ -f '$(QUESTIONS)' ]; then $(BIN)/python -m tests.load.warm_interrupted --questions '$(QUESTIONS)'; \
+		else echo 'proof: warming not interrupted: no $(QUESTIONS); name a file with QUESTIONS=' >&2; fi
 	@$(BIN)/drystone check --prompts 50 --full $(ARGS)
+
+bench-store: env ## Time encoding beside transformers, a restart from disk, and block against full attention
+	@$(BIN)/python -m tests.load.store_figures --questions '$(QUESTIONS)' $(ARGS)
 
 bench-engine: env ## Time Drystone beside other servers, installed where absent: PEERS="vllm llama.cpp"
 	@$(BIN)/python -m tests.load.peers install $(PEERS) || echo 'bench-engine: going on without it' >&2

@@ -4,7 +4,7 @@
 ├── .lock                         ├── blocks/…       shared by all workers
 ├── blocks/…                      ├── quarantine/…
 ├── quarantine/…                  └── records/…
-└── records.sqlite
+└── records-….sqlite
 """
 
 from __future__ import annotations

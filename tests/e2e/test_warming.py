@@ -246,3 +246,18 @@ async def test_warming_waits_for_room_to_write_and_leaves_nothing_out(tiny_folde
         keys = {key for document in ended(events) for key in document.block_keys}
         assert len(keys) == len(texts)
         assert keys <= files(tmp_path)
+
+
+async def test_warming_that_was_interrupted_goes_on_and_encodes_nothing_twice(served: Served) -> None:
+    texts = [f"Stone number {number} of the wall." for number in range(60)]
+    request = v1.WarmRequest(documents=documents(texts))
+    call = served.raw.Warm(request, timeout=30)
+    async for event in call:
+        done = event.documents_done
+        break
+    call.cancel()
+    assert 0 < done < len(texts)
+    await served.until_idle()
+    assert not any(document.error for document in ended(await warm(served, documents=documents(texts))))
+    encoded = sum(app.encoder.blocks_total for app in served.stack.prefill_apps)
+    assert encoded == len(texts) + 1, "each text once, and the preamble"

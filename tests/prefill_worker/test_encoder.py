@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -55,10 +56,10 @@ class Encoded:
     def keep(self, block: StoredBlock) -> None:
         self.kept[block.key] = block
 
-    def run(self, batch: Any) -> Outcome:
-        self.batches.append([job.key for job in batch])
+    def run(self, jobs: Any) -> Outcome:
+        self.batches.append([job.key for job in jobs])
         assert self.open.wait(10.0)
-        return self._run(batch)
+        return self._run(jobs)
 
     def ask(
         self, index: int, urgency: Urgency = NORMAL, *, store: bool = False, tokens: int = 4, tenant: str = ""
@@ -118,6 +119,7 @@ async def test_a_block_is_encoded_once_for_all_who_ask(served: ServedModel) -> N
         block = await while_running[0].done
         assert encoded.kept == {KEYS[0]: block}, "one of them stores it"
         await while_queued[0][0].done
+        assert while_queued[0][0].queue_ms > 0
         assert encoded.order == [0, 1]
         assert (encoder.blocks_total, encoder.tokens_total, encoder.queued) == (2, 8, 0)
         assert while_running[0].encode_ms > 0
@@ -311,6 +313,21 @@ async def test_a_defect_of_the_thread_does_not_end_the_loop(served: ServedModel)
         encoded.encoder.leave(bad)
         assert encoded.encoder.failures_total == 1
         await finished(encoded, encoded.ask(0))
+
+
+async def test_a_failure_that_nobody_waits_for_is_no_defect(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unseen: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
+    async with encoding(served) as encoded:
+        monkeypatch.setattr(ServedModel, "forward_kv", lambda *_: 1 / 0)
+        encoded.encoder.leave(await encoded.busy())
+        encoded.open.set()
+        await until(lambda: encoded.encoder.failures_total == 1)
+    gc.collect()
+    await asyncio.sleep(0)
+    assert unseen == []
 
 
 async def test_what_cannot_be_kept_is_served(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -215,6 +216,32 @@ def test_a_failed_forward_has_given_its_memory_back_when_its_halves_begin(
     outcome = Forward(served, None).run(blocks(3, 4, 5, 6))
     assert (outcome.splits, len(tried)) == (3, 8)
     check_all(served, blocks(3, 4, 5, 6), outcome)
+
+
+def test_a_block_that_is_not_finite_leaves_nothing_in_memory(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiled(_: ServedModel, ids: torch.Tensor, positions: torch.Tensor, context: Any) -> None:
+        del ids, positions
+        context.extent.fill_(torch.nan)
+
+    extents: list[weakref.ref[torch.Tensor]] = []
+
+    def noted(*arguments: Any) -> torch.Tensor:
+        extent = new_extent(*arguments)
+        extents.append(weakref.ref(extent))
+        return extent
+
+    monkeypatch.setattr(ServedModel, "forward_kv", spoiled)
+    monkeypatch.setattr(module, "new_extent", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        outcome = Forward(served, None).run(blocks(3, 4))
+        assert [extent() for extent in extents] == [None, None]
+    finally:
+        gc.enable()
+    assert ["not finite" in failed(made) for made in outcome.made] == [True, True]
 
 
 def test_an_extent_without_memory_is_a_failure_like_others(

@@ -28,8 +28,8 @@ class S3Server:
         self.port = self._server.get_host_and_port()[1]
 
     def make_bucket(self, name: str) -> None:
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{name}", method="PUT")  # noqa: S310 - our own
-        with urllib.request.urlopen(request, timeout=10):  # noqa: S310 - likewise
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{name}", method="PUT")
+        with urllib.request.urlopen(request, timeout=10):  # noqa: S310 - our own
             pass
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class Line:
         received: Bytes that they have received.
         cut_up: Every connection is reset once its client has sent so many bytes.
         cut_down: Likewise for received bytes.
-        blocked: Nothing passes, and nothing is said either.
+        flows: While it is not set nothing passes, and nothing is said either.
     """
 
     def __init__(self, target: int) -> None:
@@ -78,7 +78,8 @@ class Line:
         self.sent = self.received = 0
         self.cut_up: int | None = None
         self.cut_down: int | None = None
-        self.blocked = False
+        self.flows = asyncio.Event()
+        self.flows.set()
 
     async def up(self) -> None:
         """Listens, always at the same port."""
@@ -115,8 +116,7 @@ class Line:
         passed = 0
         with contextlib.suppress(ConnectionError):
             while data := await source.read(4096):
-                while self.blocked:
-                    await asyncio.sleep(0.01)
+                await self.flows.wait()
                 limit = self.cut_up if up else self.cut_down
                 data = data if limit is None else data[: max(0, limit - passed)]
                 passed += len(data)

@@ -273,6 +273,29 @@ async def test_a_read_under_way_does_not_bring_a_deleted_block_back(opened: Open
     assert await parts.store.where(key_of(1)) == ()
 
 
+async def test_a_read_that_ended_just_before_a_delete_gives_nothing(opened: Open) -> None:
+    parts = await opened()
+    await parts.disk.write(tiny_block(1), pinned=False)
+    asking = asyncio.create_task(parts.store.find(key_of(1), TOKENS))
+    while parts.ram.peek(key_of(1)) is None:  # noqa: ASYNC110 - one turn of the loop at a time is the point
+        await asyncio.sleep(0)
+    assert not asking.done()
+    assert await asyncio.gather(parts.store.delete(key_of(1)), asking) == [2 * SIZE, None]
+
+
+async def test_a_write_waits_for_the_delete_before_it(opened: Open) -> None:
+    parts = await opened()
+    block = tiny_block(1)
+    async with shut(parts.disk, parts.object):
+        deleting = asyncio.create_task(parts.store.delete(block.key))
+        await turns()
+        parts.store.put(block)
+        await turns()
+        assert (parts.disk.writes, parts.object.writes) == (0, 0)
+    await deleting
+    assert await parts.store.kept(block.key) == (RAM, DISK, OBJECT)
+
+
 async def test_a_block_put_while_it_is_deleted_is_a_new_one(opened: Open) -> None:
     parts = await opened()
     parts.store.put(tiny_block(1))

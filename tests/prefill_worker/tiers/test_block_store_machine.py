@@ -75,14 +75,13 @@ class StoreUnderAnyOrder(RuleBasedStateMachine):
 
     @rule(number=NUMBERS)
     def deletes(self, number: int) -> None:
+        self.begin_task(self.delete(key_of(number)))
+
+    async def delete(self, key: bytes) -> None:
         """From its beginning on nothing that was put before may be found; what is put meanwhile is new."""
-        key = key_of(number)
         old, self.put[key] = self.put[key], []
         self.deleted += old
         self.pinned.discard(key)
-        self.begin_task(self.delete(key, old))
-
-    async def delete(self, key: bytes, old: list[StoredBlock]) -> None:
         try:
             await self.store.delete(key)
         except DrystoneError:
