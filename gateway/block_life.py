@@ -28,6 +28,7 @@ from shared.internal.v1.common_pb2 import ShipSource
 from shared.rpc.errors import from_rpc_error
 
 _ASK_SECONDS = 30.0
+_DELETED_AT_ONCE = 256
 T = TypeVar("T")
 
 
@@ -77,6 +78,15 @@ class BlockLife:
         refuse_everything(request.selector, "deleting")
         keys = await self._selected(request.selector)
         deleted, freed = set[bytes](), 0
+        for start in range(0, len(keys), _DELETED_AT_ONCE):
+            gone, bytes_freed = await self._delete(keys[start : start + _DELETED_AT_ONCE])
+            deleted |= gone
+            freed += bytes_freed
+        self._log.info("deleted", blocks=len(deleted), bytes_freed=freed)
+        return v1.DeleteBlocksResponse(blocks_deleted=len(deleted), bytes_freed=freed)
+
+    async def _delete(self, keys: list[bytes]) -> tuple[set[bytes], int]:
+        deleted, freed = set[bytes](), 0
         # Prefill workers first: they are where decode workers would get the block from again.
         at_prefill = prefill.DeleteStoredRequest(keys=keys)
         stored = await self._on_every(ProcessRole.PROCESS_ROLE_PREFILL, lambda w: w.prefill().DeleteBlocks(at_prefill))
@@ -91,8 +101,7 @@ class BlockLife:
         for worker in self._decode():
             for key in keys:
                 worker.resident.pop(key, None)
-        self._log.info("deleted", blocks=len(deleted), bytes_freed=freed)
-        return v1.DeleteBlocksResponse(blocks_deleted=len(deleted), bytes_freed=freed)
+        return deleted, freed
 
     async def _selected(self, selector: v1.BlockSelector) -> list[bytes]:
         """Keys of all blocks that a selector selects."""

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from prefill_worker.tiers.block import StoredBlock
+from prefill_worker.tiers.block_file import BlockHead
 from prefill_worker.tiers.ledger import Entry
 from prefill_worker.tiers.ram import RamTier
 from prefill_worker.tiers.tier import Tier
@@ -168,6 +169,16 @@ class BlockStore:
             await behind.settled(key)
         return await self.where(key)
 
+    async def head(self, key: bytes) -> BlockHead | None:
+        """A block's tokens and tenant from the nearest tier that has it; no KV is read, no hit counted."""
+        for behind in self._behind:
+            if (waiting := behind.peek(key)) is not None:
+                return BlockHead(key, waiting.token_ids, waiting.tenant, waiting.birth)
+        for tier in self.tiers:
+            if key not in self._deleting and (head := await tier.head(key)) is not None:
+                return head
+        return None
+
     async def delete(self, key: bytes) -> int:
         """Removes a block, and its pin, from every tier; returns the bytes freed.
 
@@ -214,6 +225,10 @@ class BlockStore:
     def pinned(self, key: bytes) -> bool:
         """Whether a block is pinned, be it here or not."""
         return key in self._pinned
+
+    def keys(self) -> set[bytes]:
+        """Every key on any tier's books."""
+        return set().union(*(tier.ledger.keys() for tier in self.tiers))
 
     def entries(self) -> dict[bytes, list[tuple[ShipSource.ValueType, Entry]]]:
         """What each tier's books say of each key."""

@@ -20,6 +20,10 @@ from dataclasses import dataclass
 _STALE_ENTRIES = 64
 
 
+# No tenant has this name: it is not printable.
+UNKNOWN_TENANT = "\0"
+
+
 @dataclass(slots=True, eq=False)
 class Entry:
     """One block on the books. Only its ledger writes to it.
@@ -28,7 +32,7 @@ class Entry:
         key: 32 bytes.
         tokens: Its tokens.
         bytes: What it takes of the budget.
-        tenant: Whose it is; empty where that is not known.
+        tenant: Whose it is; UNKNOWN_TENANT where only a listing told of the block.
         hits: Uses since it was admitted.
         last_used: By the ledger's clock.
         pinned: Kept from eviction and expiry.
@@ -86,6 +90,10 @@ class Ledger:
         """An entry; nothing is counted."""
         return self._entries.get(key)
 
+    def keys(self) -> list[bytes]:
+        """Every key on the books."""
+        return list(self._entries)
+
     def entries(self) -> list[Entry]:
         """Every entry."""
         return list(self._entries.values())
@@ -130,6 +138,12 @@ class Ledger:
         self.pinned_bytes += bytes_ if pinned else 0
         self._rest(entry)
         return victims
+
+    def belongs(self, key: bytes, tenant: str) -> None:
+        """Notes whose a block is, once that is known."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            entry.tenant = tenant
 
     def remove(self, key: bytes) -> Entry | None:
         """Takes an entry off the books."""

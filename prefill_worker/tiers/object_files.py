@@ -71,6 +71,13 @@ class ObjectFiles:
                 return memoryview(await found.bytes_async())
         return None
 
+    async def beginning(self, name: str, length: int) -> memoryview | None:
+        """The first bytes of an object, at most so many."""
+        with _errors():
+            async with asyncio.timeout(self._patience.look_seconds):
+                return memoryview(await obstore.get_range_async(self._store, name, start=0, length=length))
+        return None
+
     async def size(self, name: str) -> int | None:
         """Bytes of an object, without reading it."""
         with _errors():

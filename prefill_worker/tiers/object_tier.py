@@ -11,9 +11,18 @@ from typing import TYPE_CHECKING
 
 from prefill_worker.tiers.aside import Aside
 from prefill_worker.tiers.block import StoredBlock
-from prefill_worker.tiers.block_file import BadBlockFileError, FileIdentity, decode_file, tokens_of
+from prefill_worker.tiers.block_file import (
+    BadBlockFileError,
+    BlockHead,
+    FileIdentity,
+    decode_file,
+    decode_head,
+    file_bytes,
+    head_bytes,
+    tokens_of,
+)
 from prefill_worker.tiers.breaker import Breaker
-from prefill_worker.tiers.ledger import Ledger
+from prefill_worker.tiers.ledger import UNKNOWN_TENANT, Ledger
 from prefill_worker.tiers.locations import FolderLock, Patience
 from prefill_worker.tiers.meter import TierMeter
 from prefill_worker.tiers.object_files import ObjectError, ObjectFiles
@@ -147,7 +156,7 @@ class ObjectTier:
         tokens = None if size is None else tokens_of(size, self._identity)
         if size is None or tokens is None:
             return False
-        await self._shelf.enter(key, tokens, size, "")
+        await self._shelf.enter(key, tokens, size, UNKNOWN_TENANT)
         return True
 
     def pays(self, tokens: int) -> bool:
@@ -183,6 +192,29 @@ class ObjectTier:
         self._read_well(block, time.perf_counter() - begun)
         await self._know_better(block, data.nbytes)
         return block
+
+    async def head(self, key: bytes) -> BlockHead | None:
+        """The head of a file. One that is bad is left to the next read, which puts it aside."""
+        if not await self.holds(key) or not self._reading.allows():
+            return None
+        entry = self.ledger.get(key)
+        if entry is None:
+            return None
+        try:
+            data = await self._files.beginning(self._names.block(key), head_bytes(entry.tokens, self._identity))
+        except ObjectError as error:
+            self._failed_to_read(error)
+            return None
+        self._reading.succeeded()
+        if data is None:
+            return None
+        try:
+            head = decode_head(data, file_bytes(entry.tokens, self._identity), key, self._identity)
+        except BadBlockFileError as error:
+            _log.warning("bad_block_head", tier=self.name, key=key.hex(), reason=str(error))
+            return None
+        self.ledger.belongs(key, head.tenant)
+        return head
 
     async def write(self, block: StoredBlock, *, pinned: bool) -> bool:
         """Makes room, then writes the block whole or not at all."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from prefill_worker.tiers.block import StoredBlock
+from prefill_worker.tiers.block_file import BlockHead
 from prefill_worker.tiers.ledger import Ledger
 from prefill_worker.tiers.meter import TierMeter
 from shared.internal.v1.common_pb2 import SHIP_SOURCE_RAM
@@ -89,6 +90,11 @@ class RamTier:
     async def read(self, key: bytes) -> StoredBlock | None:
         """As `get_now`."""
         return self.get_now(key)
+
+    async def head(self, key: bytes) -> BlockHead | None:
+        """A block's tokens and tenant."""
+        block = self._blocks.get(key)
+        return None if block is None else BlockHead(key, block.token_ids, block.tenant, block.birth)
 
     async def write(self, block: StoredBlock, *, pinned: bool) -> bool:
         """As `put_now`."""

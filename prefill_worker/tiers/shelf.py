@@ -9,7 +9,7 @@ from itertools import islice
 from weakref import WeakValueDictionary
 
 from prefill_worker.tiers.aside import Aside
-from prefill_worker.tiers.ledger import Entry, Ledger
+from prefill_worker.tiers.ledger import UNKNOWN_TENANT, Entry, Ledger
 from prefill_worker.tiers.meter import TierMeter
 from prefill_worker.tiers.object_files import ObjectError, ObjectFiles
 from prefill_worker.tiers.object_names import ObjectNames
@@ -119,7 +119,7 @@ class Shelf:
                 one.key,
                 tokens=one.tokens,
                 bytes_=one.item.size,
-                tenant="",
+                tenant=UNKNOWN_TENANT,
                 pinned=self.pinned(one.key),
                 last_used=one.item.modified,
             )

@@ -48,23 +48,26 @@ async def survey(files: ObjectFiles, names: ObjectNames, identity: FileIdentity,
         ObjectError: The listing broke off.
     """
     found = Survey()
+    # Few lengths make up a large store, and finding one out takes longer than all else here.
+    tokens_by_size: dict[int, int | None] = {}
     async for items in files.list(BLOCKS if everything else names.blocks):
         for item in items:
-            _sort(item, names, identity, found)
+            if item.size not in tokens_by_size:
+                tokens_by_size[item.size] = tokens_of(item.size, identity)
+            _sort(item, names, tokens_by_size[item.size], found)
     async for items in files.list(QUARANTINE if everything else f"{QUARANTINE}/{names.prefix}"):
         found.bad += items
     found.blocks.sort(key=lambda one: one.item.modified)
     return found
 
 
-def _sort(item: ObjectItem, names: ObjectNames, identity: FileIdentity, found: Survey) -> None:
+def _sort(item: ObjectItem, names: ObjectNames, tokens: int | None, found: Survey) -> None:
     key = names.key(item.name)
     if key is None:
         # What is not even named as ours was put here by somebody: it is let be.
         if item.name.endswith(SUFFIX):
             found.strays.append(item)
         return
-    tokens = tokens_of(item.size, identity)
     if tokens is None:
         found.misfits.append((key, item))
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from prefill_worker.tiers.block import StoredBlock
+from prefill_worker.tiers.block_file import BlockHead
 from prefill_worker.tiers.ledger import Ledger
 from prefill_worker.tiers.meter import TierMeter
 from shared.internal.v1.common_pb2 import ShipSource
@@ -46,6 +47,10 @@ class Tier(Protocol):
 
     async def read(self, key: bytes) -> StoredBlock | None:
         """A block, verified; None when it is not there, was bad, or could not be read in time."""
+        ...
+
+    async def head(self, key: bytes) -> BlockHead | None:
+        """A block's tokens and tenant, verified, without its KV; None as for `read`. No hit is counted."""
         ...
 
     async def write(self, block: StoredBlock, *, pinned: bool) -> bool:

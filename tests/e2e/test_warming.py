@@ -261,3 +261,27 @@ async def test_warming_that_was_interrupted_goes_on_and_encodes_nothing_twice(se
     assert not any(document.error for document in ended(await warm(served, documents=documents(texts))))
     encoded = sum(app.encoder.blocks_total for app in served.stack.prefill_apps)
     assert encoded == len(texts) + 1, "each text once, and the preamble"
+
+
+async def test_blocks_on_disk_are_their_tenants_after_a_restart_though_no_record_says_so(
+    tiny_folder: MakeFolder, tmp_path: Path
+) -> None:
+    async with serving(tiny_folder(), store=tmp_path) as served:
+        asked = v1.GenerateRequest(tenant="acme")
+        asked.rag.question = "Which?"
+        asked.rag.documents.extend(documents(TEXTS[:1]))
+        asked.sampling.max_new_tokens = 2
+        events = [event async for event in served.raw.Generate(asked, timeout=30)]
+        keys = {block.block_key for block in events[-1].completed.blocks if block.block_key}
+        assert {block.block_key for block in await blocks(served, tenant="acme")} == keys
+        [app] = served.stack.prefill_apps
+        for key in keys:
+            await app.holdings.store.kept(bytes.fromhex(key))
+    async with serving(tiny_folder(), store=tmp_path) as served:
+        assert await blocks(served, block_keys=sorted(keys)) == []
+        assert await blocks(served) == []
+        gone = v1.DeleteBlocksRequest(selector=v1.BlockSelector(block_keys=sorted(keys)))
+        assert (await served.raw.DeleteBlocks(gone, timeout=30)).blocks_deleted == 0
+        assert {block.block_key for block in await blocks(served, tenant="acme")} == keys
+        found = await ask(served, sorted(keys), tenant="acme")
+        assert found[-1].completed.usage.blocks_encoded <= 1
