@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from shared.rpc.errors import from_rpc_error
 
 _KEEP_SECONDS = 10.0
 _FULL_WAIT_MS = 1000
+_AGAIN_SECONDS = 1.0
 _COMPUTED = frozenset({ShipSource.SHIP_SOURCE_ENCODED, ShipSource.SHIP_SOURCE_SHARED_ENCODE})
 
 
@@ -50,6 +52,7 @@ class BlockWarmer:
         tags: Kept with their records.
         ttl_seconds: Life of the records; None for the workers' default.
         pin: Keep the blocks from eviction.
+        patience_seconds: How long workers that are gone are waited for.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class BlockWarmer:
         tags: Sequence[str],
         ttl_seconds: int | None,
         pin: bool,
+        patience_seconds: float = 60.0,
     ) -> None:
         self._cluster = cluster
         self._compatibility = compatibility
@@ -72,6 +76,7 @@ class BlockWarmer:
         self._tags = tags
         self._ttl_seconds = ttl_seconds
         self._pin = pin
+        self._patience = patience_seconds
         self._log = logs.get("warming")
 
     async def warm(self, refs: Sequence[BlockRef], *, recorded: bool = True) -> list[WarmedBlock]:
@@ -95,11 +100,18 @@ class BlockWarmer:
 
     async def _warm_one(self, ref: BlockRef, *, recorded: bool) -> WarmedBlock:
         failures: dict[str, DrystoneError] = {}
+        patient_until = time.monotonic() + self._patience
         while True:
             workers = self._workers()
             order = [name for name in rendezvous_order(ref.key, list(workers)) if name not in failures]
             if not order:
-                raise _worst(failures)
+                worst = _worst(failures)
+                if not worst.retryable or time.monotonic() + _AGAIN_SECONDS > patient_until:
+                    raise worst
+                # A worker that restarts is back in seconds; a corpus must not fail in the meantime.
+                await asyncio.sleep(_AGAIN_SECONDS)
+                failures.clear()
+                continue
             worker = workers[order[0]]
             try:
                 done = await self._ask(worker, ref, recorded=recorded)
