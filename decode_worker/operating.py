@@ -12,9 +12,18 @@ from shared.internal.v1.decode_pb2 import ResidentBlock
 MOST_HELD = 0.5
 
 
-def describe(pool: Pool, keys: Iterable[bytes]) -> list[ResidentBlock]:
-    """Resident blocks of these keys; of every key when none is named. Sealed segments are no blocks."""
-    wanted, now = set(keys), time.monotonic()
+def describe(pool: Pool, keys: Iterable[bytes], after: bytes = b"", most: int = 0) -> list[ResidentBlock]:
+    """Resident blocks in the order of their keys. Sealed segments are no blocks.
+
+    Args:
+        pool: Where they are.
+        keys: Those that are meant; none means all.
+        after: Only keys after this one.
+        most: Blocks to return; 0 is no bound.
+    """
+    named, now = set(keys), time.monotonic()
+    found = (pool.blocks.find(key) for key in named) if named else pool.blocks.all()
+    meant = [block for block in found if block is not None and not block.segment and block.key > after]
     return [
         ResidentBlock(
             key=block.key,
@@ -26,8 +35,7 @@ def describe(pool: Pool, keys: Iterable[bytes]) -> list[ResidentBlock]:
             pinned=block.held,
             tenant=block.tenant,
         )
-        for block in pool.blocks.all()
-        if not block.segment and (not wanted or block.key in wanted)
+        for block in sorted(meant, key=lambda block: block.key)[: most or None]
     ]
 
 

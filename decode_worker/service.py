@@ -50,7 +50,9 @@ class DecodeService(DecodeServicer):
         self, request: pb.DescribeResidentRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> pb.DescribeResidentResponse:
         """Resident blocks."""
-        return pb.DescribeResidentResponse(blocks=describe(self._engine.pool, request.keys))
+        return pb.DescribeResidentResponse(
+            blocks=describe(self._engine.pool, request.keys, request.after_key, request.page_size)
+        )
 
     async def PinBlocks(
         self, request: pb.PinResidentRequest, context: grpc.aio.ServicerContext[object, object]

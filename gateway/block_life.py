@@ -21,14 +21,15 @@ from gateway.selectors import MAX_PAGE, page, refuse_everything, stored_request
 from gateway.tenants import Tenants
 from gateway.worker import Worker
 from shared import logs
-from shared.errors import DrystoneError, Reason
+from shared.errors import DrystoneError, InvalidRequestError, Reason
 from shared.internal.v1 import decode_pb2 as decode
 from shared.internal.v1 import prefill_pb2 as prefill
 from shared.internal.v1.common_pb2 import ShipSource
 from shared.rpc.errors import from_rpc_error
 
 _ASK_SECONDS = 30.0
-_DELETED_AT_ONCE = 256
+MAX_SELECTED = 100_000
+_AT_ONCE = 256
 T = TypeVar("T")
 
 
@@ -48,9 +49,8 @@ class BlockLife:
         """
         wanted = stored_request(request.selector, self._tenants)
         size, after = page(request.page_size, request.page_token)
-        found = await self._page(wanted, size, after)
-        more = found[-1].block_key if len(found) == size else ""
-        return v1.DescribeBlocksResponse(blocks=found, next_page_token=more)
+        found, more = await self._page(wanted, size, after)
+        return v1.DescribeBlocksResponse(blocks=found, next_page_token=more.hex())
 
     async def pin(self, request: v1.PinBlocksRequest) -> int:
         """Pins the selected blocks wherever they are, or lets them go; how many changed anywhere.
@@ -59,10 +59,15 @@ class BlockLife:
             DrystoneError: The selector breaks a rule, or a worker in use does not answer.
         """
         if not request.unpin:
-            refuse_everything(request.selector, "pinning")
-        keys = await self._selected(request.selector)
-        at_prefill = prefill.PinStoredRequest(keys=keys, unpin=request.unpin)
-        at_decode = decode.PinResidentRequest(keys=keys, unpin=request.unpin)
+            refuse_everything(request.selector, self._tenants, "pinning")
+        keys, changed = await self._selected(request.selector), 0
+        for start in range(0, len(keys), _AT_ONCE):
+            changed += await self._pin(keys[start : start + _AT_ONCE], unpin=request.unpin)
+        return changed
+
+    async def _pin(self, keys: list[bytes], *, unpin: bool) -> int:
+        at_prefill = prefill.PinStoredRequest(keys=keys, unpin=unpin)
+        at_decode = decode.PinResidentRequest(keys=keys, unpin=unpin)
         stored = await _all(w.prefill().PinBlocks(at_prefill, timeout=_ASK_SECONDS) for w in self._prefill())
         resident = await _all(w.decode().PinBlocks(at_decode, timeout=_ASK_SECONDS) for w in self._decode())
         changed = {bytes(key) for answer in stored for key in answer.changed}
@@ -75,11 +80,11 @@ class BlockLife:
             DrystoneError: The selector breaks a rule; or a worker cannot be reached or could not remove them, and then
                 some may be left: the same call may be made again.
         """
-        refuse_everything(request.selector, "deleting")
+        refuse_everything(request.selector, self._tenants, "deleting")
         keys = await self._selected(request.selector)
         deleted, freed = set[bytes](), 0
-        for start in range(0, len(keys), _DELETED_AT_ONCE):
-            gone, bytes_freed = await self._delete(keys[start : start + _DELETED_AT_ONCE])
+        for start in range(0, len(keys), _AT_ONCE):
+            gone, bytes_freed = await self._delete(keys[start : start + _AT_ONCE])
             deleted |= gone
             freed += bytes_freed
         self._log.info("deleted", blocks=len(deleted), bytes_freed=freed)
@@ -87,11 +92,15 @@ class BlockLife:
 
     async def _delete(self, keys: list[bytes]) -> tuple[set[bytes], int]:
         deleted, freed = set[bytes](), 0
-        # Prefill workers first: they are where decode workers would get the block from again.
+        # Prefill workers first: they are where decode workers would get the block from again. Records last: by them the
+        # same selector finds the blocks again, should one of the workers fail.
+        kv_alone = prefill.DeleteStoredRequest(keys=keys, keep_records=True)
         at_prefill = prefill.DeleteStoredRequest(keys=keys)
-        stored = await self._on_every(ProcessRole.PROCESS_ROLE_PREFILL, lambda w: w.prefill().DeleteBlocks(at_prefill))
+        prefill_role = ProcessRole.PROCESS_ROLE_PREFILL
+        stored = await self._on_every(prefill_role, lambda w: w.prefill().DeleteBlocks(kv_alone))
         at_decode = decode.DropResidentRequest(keys=keys)
         resident = await self._on_every(ProcessRole.PROCESS_ROLE_DECODE, lambda w: w.decode().DropBlocks(at_decode))
+        stored += await self._on_every(prefill_role, lambda w: w.prefill().DeleteBlocks(at_prefill))
         for answer in stored:
             deleted.update(map(bytes, answer.deleted))
             freed += answer.bytes_freed
@@ -106,33 +115,46 @@ class BlockLife:
     async def _selected(self, selector: v1.BlockSelector) -> list[bytes]:
         """Keys of all blocks that a selector selects."""
         wanted = stored_request(selector, self._tenants)
-        keys: list[bytes] = []
+        keys, after = list[bytes](), b""
         while True:
-            found = await self._page(wanted, MAX_PAGE, keys[-1] if keys else b"")
+            found, after = await self._page(wanted, MAX_PAGE, after)
             keys.extend(bytes.fromhex(block.block_key) for block in found)
-            if len(found) < MAX_PAGE:
+            if not after:
                 return keys
+            if len(keys) > MAX_SELECTED:
+                raise InvalidRequestError(
+                    Reason.INVALID_FIELD, "selector", "selects too many blocks at once; narrow it", limit=MAX_SELECTED
+                )
 
-    async def _page(self, wanted: prefill.DescribeStoredRequest, size: int, after: bytes) -> list[v1.BlockDescription]:
+    async def _page(
+        self, wanted: prefill.DescribeStoredRequest, size: int, after: bytes
+    ) -> tuple[list[v1.BlockDescription], bytes]:
+        """Blocks after a key, and the key that the next page comes after; empty at the end."""
         ask = prefill.DescribeStoredRequest()
         ask.CopyFrom(wanted)
         ask.page_size, ask.after_key = size, after
-        holders = self._prefill()
-        stored = await _all(worker.prefill().DescribeBlocks(ask, timeout=_ASK_SECONDS) for worker in holders)
+        holders, users = self._prefill(), self._decode()
+        at_decode = decode.DescribeResidentRequest(keys=wanted.keys, after_key=after, page_size=size)
+        stored, resident = await asyncio.gather(
+            _all(worker.prefill().DescribeBlocks(ask, timeout=_ASK_SECONDS) for worker in holders),
+            _all(worker.decode().DescribeBlocks(at_decode, timeout=_ASK_SECONDS) for worker in users),
+        )
+        # What a worker has not looked at yet is on a later page, whoever else may know of it.
+        ends = [bytes(answer.looked_at) for answer in stored if answer.looked_at]
+        ends += [bytes(told.blocks[-1].key) for told in resident if len(told.blocks) == size]
+        end = min(ends, default=b"")
         blocks: dict[bytes, v1.BlockDescription] = {}
         for worker, answer in zip(holders, stored, strict=True):
             for block in answer.blocks:
                 _add_stored(blocks.setdefault(bytes(block.key), _described(block.key, block.tokens)), block, worker)
-        users = self._decode()
-        everything = decode.DescribeResidentRequest(keys=wanted.keys)
-        resident = await _all(worker.decode().DescribeBlocks(everything, timeout=_ASK_SECONDS) for worker in users)
         for worker, told in zip(users, resident, strict=True):
             for one in told.blocks:
                 key = bytes(one.key)
-                if key not in blocks and not _selects(wanted, one, after):
-                    continue
-                _add_resident(blocks.setdefault(key, _described(key, one.tokens)), one, worker)
-        return [blocks[key] for key in sorted(blocks)][:size]
+                if key in blocks or _selects(wanted, one, after):
+                    _add_resident(blocks.setdefault(key, _described(key, one.tokens)), one, worker)
+        ordered = [key for key in sorted(blocks) if not end or key <= end][:size]
+        more = ordered[-1] if len(ordered) == size else end
+        return [blocks[key] for key in ordered], more
 
     def _prefill(self) -> list[Worker]:
         return self._cluster.prefill_workers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from shared.rpc.errors import from_rpc_error
 _KEEP_SECONDS = 10.0
 _FULL_WAIT_MS = 1000
 _AGAIN_SECONDS = 1.0
+# Workers that are gone may come back; what else went wrong would go wrong again.
+_GONE = frozenset({Reason.WORKER_LOST, Reason.DRAINING, Reason.NO_PREFILL_WORKER})
 _COMPUTED = frozenset({ShipSource.SHIP_SOURCE_ENCODED, ShipSource.SHIP_SOURCE_SHARED_ENCODE})
 
 
@@ -52,6 +55,8 @@ class BlockWarmer:
         tags: Kept with their records.
         ttl_seconds: Life of the records; None for the workers' default.
         pin: Keep the blocks from eviction.
+        places: Bounds the blocks that workers are asked for at once.
+        timeout_seconds: Time that a worker has for a block.
         patience_seconds: How long workers that are gone are waited for.
     """
 
@@ -66,6 +71,8 @@ class BlockWarmer:
         tags: Sequence[str],
         ttl_seconds: int | None,
         pin: bool,
+        places: asyncio.Semaphore,
+        timeout_seconds: float,
         patience_seconds: float = 60.0,
     ) -> None:
         self._cluster = cluster
@@ -74,8 +81,11 @@ class BlockWarmer:
         self._traceparent = traceparent
         self._tenant = tenant
         self._tags = tags
-        self._ttl_seconds = ttl_seconds
         self._pin = pin
+        self._places = places
+        self._timeout = timeout_seconds
+        # One end for all attempts: a record that is kept again is kept alike.
+        self._expires = None if ttl_seconds is None else time.time() + ttl_seconds
         self._patience = patience_seconds
         self._log = logs.get("warming")
 
@@ -100,13 +110,15 @@ class BlockWarmer:
 
     async def _warm_one(self, ref: BlockRef, *, recorded: bool) -> WarmedBlock:
         failures: dict[str, DrystoneError] = {}
-        patient_until = time.monotonic() + self._patience
+        patient_until: float | None = None
         while True:
             workers = self._workers()
             order = [name for name in rendezvous_order(ref.key, list(workers)) if name not in failures]
             if not order:
                 worst = _worst(failures)
-                if not worst.retryable or time.monotonic() + _AGAIN_SECONDS > patient_until:
+                now = time.monotonic()
+                patient_until = now + self._patience if patient_until is None else patient_until
+                if worst.reason not in _GONE or now + _AGAIN_SECONDS > patient_until:
                     raise worst
                 # A worker that restarts is back in seconds; a corpus must not fail in the meantime.
                 await asyncio.sleep(_AGAIN_SECONDS)
@@ -114,11 +126,14 @@ class BlockWarmer:
                 continue
             worker = workers[order[0]]
             try:
-                done = await self._ask(worker, ref, recorded=recorded)
+                async with self._places:
+                    done = await self._ask(worker, ref, recorded=recorded)
             except DrystoneError as error:
                 if error.reason == Reason.ENCODE_QUEUE_FULL:
                     # Full is not broken: the block belongs to this worker, where requests will look for it.
-                    await asyncio.sleep((error.retry_after_ms or _FULL_WAIT_MS) / 1e3)
+                    # Not all at the same moment, or all but a few are refused again.
+                    spread = random.uniform(1.0, 1.5)  # noqa: S311 - no secret
+                    await asyncio.sleep((error.retry_after_ms or _FULL_WAIT_MS) / 1e3 * spread)
                     continue
                 self._log.warning("warm_attempt_failed", worker_id=worker.worker_id, detail=error.message)
                 failures[worker.worker_id] = error
@@ -126,6 +141,9 @@ class BlockWarmer:
             if recorded:
                 await self._copy_record(ref, worker.worker_id)
             return WarmedBlock(worker.worker_id, len(ref.token_ids), done)
+
+    def _ttl_left(self) -> int | None:
+        return None if self._expires is None else max(1, round(self._expires - time.time()))
 
     def _workers(self) -> dict[str, Worker]:
         fitting = (worker for worker in self._cluster.prefill_workers if worker.serves(self._compatibility))
@@ -135,13 +153,14 @@ class BlockWarmer:
         request = EncodeBlocksRequest(
             request_id=self._request_id,
             traceparent=self._traceparent,
+            time_left_ms=max(1, int(self._timeout * 1e3)),
             jobs=[EncodeJob(block=ref)],
             priority=Priority.PRIORITY_LOW,
             tenant=self._tenant.name,
             tenant_salt=self._tenant.salt,
             model_fingerprint=self._compatibility.model_fingerprint,
             tags=self._tags,
-            ttl_seconds=self._ttl_seconds,
+            ttl_seconds=self._ttl_left(),
             keep_records=recorded,
             pin=recorded and self._pin,
         )
@@ -166,7 +185,7 @@ class BlockWarmer:
             tenant=self._tenant.name,
             tenant_salt=self._tenant.salt,
             tags=self._tags,
-            ttl_seconds=self._ttl_seconds,
+            ttl_seconds=self._ttl_left(),
             pinned=self._pin,
         )
         wanted = KeepRecordsRequest(records=[record], model_fingerprint=self._compatibility.model_fingerprint)

@@ -49,11 +49,14 @@ def stored_request(selector: BlockSelector, tenants: Tenants) -> DescribeStoredR
     )
 
 
-def refuse_everything(selector: BlockSelector, call: str) -> None:
-    """Raises when a selector selects everything there is."""
-    if not (selector.block_keys or selector.key_prefix or selector.tags or selector.tenant):
+def refuse_everything(selector: BlockSelector, tenants: Tenants, call: str) -> None:
+    """Raises when a selector selects everything there is; a tenant's name selects nothing where tenants share."""
+    tenant = tenants.named(selector.tenant).name
+    if not (selector.block_keys or selector.key_prefix or selector.tags or tenant):
         raise InvalidRequestError(
-            Reason.INVALID_FIELD, "selector", f"selects everything; {call} needs keys, a prefix, tags or a tenant"
+            Reason.INVALID_FIELD,
+            "selector",
+            f"selects everything; {call} needs keys, a prefix, tags or a tenant",
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import grpc
@@ -22,6 +22,8 @@ from shared import logs
 from shared.errors import DrystoneError, Reason
 from shared.metrics import Metrics
 
+# Calls beside Generate that run at once.
+MAX_OPERATIONS = 64
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -58,6 +60,7 @@ class GenerationService(GenerationServicer):
         self._max_requests = max_requests
         self._log = logs.get("generation")
         self.running = self.total = self.failed = 0
+        self._operations = 0
 
     async def Generate(self, request: v1.GenerateRequest, context: Context) -> AsyncIterator[v1.GenerateResponse]:
         """Answers one prompt as a stream of events."""
@@ -106,6 +109,22 @@ class GenerationService(GenerationServicer):
                 retry_after_ms=1000,
             )
 
+    @contextlib.contextmanager
+    def _operation(self) -> Iterator[None]:
+        """A place for a call that is no question: as many at once as may be, the next is refused."""
+        if self._operations >= MAX_OPERATIONS:
+            raise DrystoneError(
+                Reason.TOO_MANY_REQUESTS,
+                f"{self._operations} calls of warming and on blocks run on this gateway; limit {MAX_OPERATIONS}",
+                metadata={"limit": str(MAX_OPERATIONS)},
+                retry_after_ms=1000,
+            )
+        self._operations += 1
+        try:
+            yield
+        finally:
+            self._operations -= 1
+
     def _check_model(self, name: str) -> None:
         if name not in ("", self._cluster.model_name):
             raise DrystoneError(
@@ -134,21 +153,25 @@ class GenerationService(GenerationServicer):
         self._check_model(request.model)
         metadata = dict(context.invocation_metadata() or ())
         traceparent = str(metadata.get("traceparent") or logs.new_traceparent())
-        async with contextlib.aclosing(self._warming.warm(request, traceparent)) as events:
-            async for event in events:
-                yield event
+        with self._operation():
+            async with contextlib.aclosing(self._warming.warm(request, traceparent)) as events:
+                async for event in events:
+                    yield event
 
     async def DescribeBlocks(self, request: v1.DescribeBlocksRequest, context: Context) -> v1.DescribeBlocksResponse:
         """Where blocks live."""
         self._check_model(request.selector.model)
-        return await self._blocks.describe(request)
+        with self._operation():
+            return await self._blocks.describe(request)
 
     async def PinBlocks(self, request: v1.PinBlocksRequest, context: Context) -> v1.PinBlocksResponse:
         """Keeps blocks from eviction, or lets them go again."""
         self._check_model(request.selector.model)
-        return v1.PinBlocksResponse(blocks_changed=await self._blocks.pin(request))
+        with self._operation():
+            return v1.PinBlocksResponse(blocks_changed=await self._blocks.pin(request))
 
     async def DeleteBlocks(self, request: v1.DeleteBlocksRequest, context: Context) -> v1.DeleteBlocksResponse:
         """Removes blocks from every tier and every worker."""
         self._check_model(request.selector.model)
-        return await self._blocks.delete(request)
+        with self._operation():
+            return await self._blocks.delete(request)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from shared.errors import InvalidRequestError, Reason
 
-MAX_CHARACTERS = 128
+MAX_BYTES = 128
 _SALT_BYTES = 32
 
 
@@ -52,9 +52,8 @@ class Tenants:
 
 def check_tenant(name: str, field: str = "tenant") -> None:
     """Raises InvalidRequestError for a name that is too long or not printable."""
-    if len(name) > MAX_CHARACTERS:
-        raise InvalidRequestError(
-            Reason.INVALID_FIELD, field, "has too many characters", limit=MAX_CHARACTERS, value=len(name)
-        )
+    size = len(name.encode("utf-8", "replace"))
+    if size > MAX_BYTES:
+        raise InvalidRequestError(Reason.INVALID_FIELD, field, "is too long, in bytes", limit=MAX_BYTES, value=size)
     if not name.isprintable():
         raise InvalidRequestError(Reason.INVALID_FIELD, field, "must be printable", value=repr(name))

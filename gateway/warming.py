@@ -89,7 +89,7 @@ class Warming:
         cluster: The workers.
         planning: Makes planners.
         tenants: Whose blocks are whose.
-        concurrency: Documents on their way at once.
+        concurrency: Documents, and blocks of them, on their way at once.
         max_documents: Documents of one call.
         timeout_seconds: Time of one document, waiting for workers that are full included.
     """
@@ -108,6 +108,8 @@ class Warming:
         self._planning = planning
         self._tenants = tenants
         self._places = asyncio.Semaphore(concurrency)
+        # Blocks that workers were asked for: documents that are cut into thousands of chunks take no more.
+        self._blocks = asyncio.Semaphore(concurrency)
         self._max_documents = max_documents
         self._timeout = timeout_seconds
         self._log = logs.get("warming")
@@ -139,6 +141,8 @@ class Warming:
                 tags=list(request.tags),
                 ttl_seconds=request.ttl_seconds if request.HasField("ttl_seconds") else None,
                 pin=request.pin,
+                places=self._blocks,
+                timeout_seconds=self._timeout,
             ),
         )
         ended: asyncio.Queue[_Ended | None] = asyncio.Queue()
@@ -206,6 +210,8 @@ class Warming:
                 await call.warmer.warm(await asyncio.to_thread(call.preamble), recorded=False)
         except (DrystoneError, TimeoutError) as error:
             self._log.warning("preamble_not_warm", detail=str(error))
+        except Exception as defect:  # noqa: BLE001 - documents are warmed whatever becomes of the preamble
+            self._log.error("preamble_defect", exc_info=defect)
 
 
 @dataclass(frozen=True, slots=True)

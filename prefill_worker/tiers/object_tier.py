@@ -223,6 +223,9 @@ class ObjectTier:
     async def delete(self, key: bytes) -> int:
         """Removes a block and what was put aside of it; returns the bytes freed, as far as the books know.
 
+        A write of it that failed before without an answer may still come to be. Its file is never read, and goes at
+        the next sweep.
+
         Raises:
             DrystoneError: BLOCK_UNAVAILABLE; it may still be there, and is still on the books.
         """
@@ -236,7 +239,7 @@ class ObjectTier:
                     ) from error
                 self._shelf.aside.forget(name)
             if key in self._shelf.unsure:
-                self._shelf.buried[key] = self._shelf.unsure.pop(key)
+                self._shelf.buried[key] = self._shelf.unsure[key]
             entry = self.ledger.remove(key)
             return 0 if entry is None else entry.bytes
 

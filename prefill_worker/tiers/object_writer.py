@@ -77,7 +77,6 @@ class ObjectWriter:
 
     async def _settled(self, key: bytes, size: int) -> bool:
         """False for a block that became a victim itself while it was written."""
-        self._shelf.unsure.pop(key, None)
         self._shelf.buried.pop(key, None)
         if key in self._shelf.ledger:
             return True

@@ -43,7 +43,7 @@ class Shelf:
         pinned: Whether a block that a listing finds is pinned.
         clock: Seconds, monotonic.
         unwritten: On the books, for the sake of the budget, and not yet in the store.
-        unsure: Writes that failed, when, and nobody knows whether they come to be.
+        unsure: Writes that failed, when, and nobody knows whether they come to be; a later write does not settle that.
         buried: Those of them that were deleted since: never to be found again.
     """
 

@@ -35,6 +35,8 @@ def test_blocks_are_described_with_their_tenant() -> None:
     resident(pool, 2)
     assert [(one.key[0], one.tokens, one.tenant) for one in describe(pool, [])] == [(1, 8, "acme"), (2, 8, "")]
     assert [one.key[0] for one in describe(pool, [key(2), key(9)])] == [2]
+    assert [one.key[0] for one in describe(pool, [], key(1))] == [2]
+    assert [one.key[0] for one in describe(pool, [], b"", 1)] == [1]
 
 
 def test_pinned_blocks_are_not_evicted_until_let_go() -> None:

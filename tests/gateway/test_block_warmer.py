@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -44,6 +45,8 @@ class Warmer(BlockWarmer):
             tags=(),
             ttl_seconds=None,
             pin=False,
+            places=asyncio.Semaphore(4),
+            timeout_seconds=9.0,
             patience_seconds=patience,
         )
         self.script = script
@@ -102,7 +105,7 @@ async def test_workers_that_are_gone_are_waited_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "attempts"), [(Reason.INTERNAL, 1), (Reason.RECORDS_FULL, 1), (Reason.UNKNOWN_BLOCK_KEY, 1)]
+    ("reason", "attempts"), [(Reason.INTERNAL, 1), (Reason.RECORDS_FULL, 1), (Reason.BLOCK_UNAVAILABLE, 1)]
 )
 async def test_what_will_not_pass_fails_at_once(reason: Reason, attempts: int) -> None:
     warmer = Warmer({"a": [reason] * 9})

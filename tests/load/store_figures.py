@@ -126,7 +126,7 @@ def _texts_of(tokenizer: PromptTokenizer, rows: Sequence[Any], count: int) -> li
     words = " ".join(str(document.text) for row in rows for document in row.documents).split()
     texts, at = list[str](), 0
     while len(texts) < count:
-        taken = 250
+        taken = 150
         while len(tokenizer.encode(" ".join(words[at : at + taken]), allow_special=False)) < PASSAGE_TOKENS:
             taken += 1
         texts.append(" ".join(words[at : at + taken]))

@@ -626,6 +626,12 @@ class DescribeResidentRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEYS_FIELD_NUMBER: _builtins.int
+    AFTER_KEY_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    after_key: _builtins.bytes
+    """Only keys after this one, in the order of their bytes. Empty: from the first."""
+    page_size: _builtins.int
+    """Most blocks to return, in the order of their keys. 0: all."""
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Keys; none means all."""
@@ -634,10 +640,12 @@ class DescribeResidentRequest(_message.Message):
         self,
         *,
         keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        after_key: _builtins.bytes = ...,
+        page_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_key", b"after_key", "keys", b"keys", "page_size", b"page_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -363,6 +363,11 @@ class DescribeStoredResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     BLOCKS_FIELD_NUMBER: _builtins.int
+    LOOKED_AT_FIELD_NUMBER: _builtins.int
+    looked_at: _builtins.bytes
+    """Last key that was looked at, when time ran out before the page was full; ask again from there. Empty: the page is
+    full, or the end was reached.
+    """
     @_builtins.property
     def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoredBlock]:
         """The blocks; keys that are not known are left out."""
@@ -371,10 +376,11 @@ class DescribeStoredResponse(_message.Message):
         self,
         *,
         blocks: _abc.Iterable[Global___StoredBlock] | None = ...,
+        looked_at: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "looked_at", b"looked_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -439,6 +445,9 @@ class DeleteStoredRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEYS_FIELD_NUMBER: _builtins.int
+    KEEP_RECORDS_FIELD_NUMBER: _builtins.int
+    keep_records: _builtins.bool
+    """Leave the records: they find the blocks again should the deletion have to be repeated."""
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Keys."""
@@ -447,10 +456,11 @@ class DeleteStoredRequest(_message.Message):
         self,
         *,
         keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        keep_records: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_records", b"keep_records", "keys", b"keys"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -83,6 +83,8 @@ async def test_a_disk_that_others_have_filled_recovers_when_there_is_room_again(
     hog.write_bytes(bytes(room.f_bavail * room.f_frsize))
     for number in range(2, 8):
         assert not await tier.write(make_block(number), pinned=False)
+        await tier.sweep()
+    assert tier.meter.write_failures == 6, "it tries again after each sweep"
     assert same(await tier.read(kept.key), kept), "what is there is served all the same"
     assert [path.stem for path in block_files(small_disk)] == [kept.key.hex()]
     hog.unlink()

@@ -247,7 +247,8 @@ async def test_the_budget_holds_on_the_disk_and_across_restarts(tmp_path: Path) 
 async def test_writes_at_the_same_time_keep_the_budget_and_the_books(tmp_path: Path) -> None:
     tier = await opened(tmp_path, budget=4 * FILE_BYTES)
     blocks = [make_block(number) for number in range(40, 56)]
-    outcomes = await asyncio.gather(*(tier.write(block, pinned=False) for block in blocks + blocks))
+    async with asyncio.timeout(30):
+        outcomes = await asyncio.gather(*(tier.write(block, pinned=False) for block in blocks + blocks))
     files = {path.stem for path in block_files(tmp_path)}
     assert len(files) <= 4
     assert files == {entry.key.hex() for entry in tier.ledger.entries()}
@@ -255,6 +256,36 @@ async def test_writes_at_the_same_time_keep_the_budget_and_the_books(tmp_path: P
     for entry in tier.ledger.entries():
         assert await tier.read(entry.key) is not None
     tier.ledger.check_integrity()
+    await tier.close()
+
+
+async def test_a_start_over_the_budget_keeps_what_was_used_last(tmp_path: Path) -> None:
+    tier = await opened(tmp_path)
+    blocks = sorted((make_block(number) for number in range(36, 46)), key=lambda block: block.key)
+    await put(tier, *blocks)
+    await tier.close()
+    # One order of ages and then the other: no order of names or of folders fits both.
+    for kept in (blocks[5:], blocks[5:7]):
+        others = [block for block in blocks if block not in kept and file_of(tmp_path, block).exists()]
+        oldest_first = others + kept
+        for age, block in enumerate(oldest_first):
+            os.utime(file_of(tmp_path, block), (1_000_000 + age, 1_000_000 + age))
+        less = await opened(tmp_path, budget=len(kept) * FILE_BYTES)
+        assert [block for block in blocks if file_of(tmp_path, block).exists()] == kept
+        assert {entry.key for entry in less.ledger.entries()} == {block.key for block in kept}
+        await less.close()
+
+
+async def test_a_block_that_is_still_being_written_is_not_there_yet(tmp_path: Path) -> None:
+    tier = await opened(tmp_path)
+    block = make_block(46, 20_000)
+    writing = asyncio.create_task(tier.write(block, pinned=False))
+    await asyncio.sleep(0)
+    assert block.key in tier.ledger, "its place is"
+    assert not await tier.holds(block.key)
+    assert await tier.read(block.key) is None
+    assert await writing
+    assert await tier.holds(block.key)
     await tier.close()
 
 
