@@ -49,6 +49,8 @@ class Places:
     def of(cls, settings: PrefillSettings) -> Places:
         """Opens them; nothing remote is asked yet."""
         path, url = settings.disk_path, settings.object_url
+        if url and "://" not in url and not Path(url).is_absolute():
+            raise ValueError(f"--object-url: {url} is neither a URL (s3://bucket/prefix) nor a folder's absolute path")
         return cls(
             disk=None if path is None else open_location(str(path), setting="--disk-path"),
             bucket=open_location(url, settings.object_options, setting="--object-url") if url else None,

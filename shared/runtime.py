@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from shared import logs
+from shared.errors import DrystoneError
 from shared.settings import ProcessSettings
 
 _PARENT_POLL_SECONDS = 1.0
@@ -46,7 +47,7 @@ async def run_app(app: App, settings: ProcessSettings) -> None:
         try:
             addresses = await app.start()
             write_ready_file(settings.ready_file, addresses)
-        except OSError as error:
+        except (OSError, DrystoneError) as error:
             log.critical("cannot_start", reason=str(error))
             raise SystemExit(1) from error
         log.info("serving", **addresses)

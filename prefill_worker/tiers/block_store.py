@@ -10,17 +10,19 @@ doubled write can do is one more encoding. The one promise across tiers is that 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeAlias
 
 from prefill_worker.tiers.block import StoredBlock
 from prefill_worker.tiers.block_file import BlockHead
+from prefill_worker.tiers.deletions import Deletions, Watch
 from prefill_worker.tiers.ledger import Entry
 from prefill_worker.tiers.ram import RamTier
 from prefill_worker.tiers.tier import Tier
 from prefill_worker.tiers.write_behind import WriteBehind
 from shared import logs
+from shared.errors import DrystoneError
 from shared.internal.v1.common_pb2 import ShipSource
 
 Found: TypeAlias = tuple[StoredBlock, ShipSource.ValueType]
@@ -53,8 +55,9 @@ class BlockStore:
         # Reads of lower tiers to join; one that is no longer here has been overtaken by a delete, and gives nothing.
         self._reads: dict[bytes, asyncio.Task[Found | None]] = {}
         self._reading: set[asyncio.Task[Found | None]] = set()
-        # Keys that are being deleted, with how often.
-        self._deleting: Counter[bytes] = Counter()
+        self._deleting = Deletions()
+        # Blocks that are read for a lower tier that lacks them lie in nobody's budget: a few at a time.
+        self._fills = asyncio.Semaphore(writers)
         share = write_queue_bytes // max(1, len(self.lower))
         self._behind = [
             WriteBehind(tier, self._pinned.__contains__, max_bytes=share, writers=writers) for tier in self.lower
@@ -110,7 +113,7 @@ class BlockStore:
     def in_memory(self, key: bytes) -> StoredBlock | None:
         """A block that needs no reading, counted as used; a miss is not counted."""
         if self.ram.peek(key) is None:
-            waiting = next((one for behind in self._behind if (one := behind.peek(key)) is not None), None)
+            waiting = self._pending(key)
             if waiting is None or key in self._deleting:
                 return None
             if not self.ram.put_now(waiting, pinned=key in self._pinned):
@@ -149,34 +152,52 @@ class BlockStore:
 
     async def where(self, key: bytes) -> tuple[ShipSource.ValueType, ...]:
         """Tiers that hold a block now; nothing is read or counted. One that waits to be written is in memory."""
-        waits = any(behind.peek(key) is not None for behind in self._behind)
         held = await asyncio.gather(*(tier.holds(key) for tier in self.lower))
-        in_ram = waits or self.ram.peek(key) is not None
+        in_ram = self._resident(key) is not None
         return tuple(tier.source for tier, holds in zip(self.tiers, (in_ram, *held), strict=True) if holds)
 
+    def watch(self, key: bytes) -> AbstractContextManager[Watch]:
+        """Tells the holder of a block whether a deletion of it has begun meanwhile."""
+        return self._deleting.watch(key)
+
     async def kept(self, key: bytes, block: StoredBlock | None = None) -> tuple[ShipSource.ValueType, ...]:
-        """Tiers that hold a block once its pending writes have ended. The caller brings the time limit.
+        """Tiers that hold a block once it has been written to every lower tier that can keep it, however long their
+        queues are. The caller brings the time limit.
 
         Args:
             key: The block.
-            block: The block itself, where the caller has it: it is then written to every lower tier that can keep it,
-                however long their queues are. Without it a block in memory is.
+            block: The block itself, where the caller has it. Without it one in memory is written, or else one that is
+                read, where reading works and beats encoding.
         """
-        held = block if block is not None else self.ram.peek(key)
-        for behind in self._behind:
-            if held is not None and key not in self._deleting:
-                await behind.written(held)
-            await behind.settled(key)
+        with self.watch(key) as watch:
+            held = self._resident(key) if block is None else block
+            if held is not None:
+                await self._write_everywhere(held, watch)
+            elif await self._is_somewhere_only(key):
+                async with self._fills:
+                    found = None if watch.deleted else await self.find(key, None)
+                    if found is not None:
+                        await self._write_everywhere(found[0], watch)
         return await self.where(key)
 
     async def head(self, key: bytes) -> BlockHead | None:
-        """A block's tokens and tenant from the nearest tier that has it; no KV is read, no hit counted."""
-        for behind in self._behind:
-            if (waiting := behind.peek(key)) is not None:
-                return BlockHead(key, waiting.token_ids, waiting.tenant, waiting.birth)
+        """A block's tokens and tenant from the nearest tier that has it; no KV is read, no hit counted.
+
+        Raises:
+            DrystoneError: BLOCK_UNAVAILABLE; no tier that could be read has it, and one could not be.
+        """
+        waiting = self._pending(key)
+        if waiting is not None:
+            return BlockHead(key, waiting.token_ids, waiting.tenant, waiting.birth)
+        unreadable: DrystoneError | None = None
         for tier in self.tiers:
-            if key not in self._deleting and (head := await tier.head(key)) is not None:
-                return head
+            try:
+                if key not in self._deleting and (head := await tier.head(key)) is not None:
+                    return head
+            except DrystoneError as error:  # the tiers below may have it; else it is raised
+                unreadable = error
+        if unreadable is not None:
+            raise unreadable
         return None
 
     async def delete(self, key: bytes) -> int:
@@ -187,18 +208,15 @@ class BlockStore:
         Raises:
             DrystoneError: BLOCK_UNAVAILABLE; a tier may still have it. The others have not.
         """
-        self._deleting[key] += 1
         try:
-            self.pin(key, pinned=False)
-            self._reads.pop(key, None)
-            freed = self.ram.delete_now(key)
-            outcomes = await asyncio.gather(
-                *(self._delete_below(behind, key) for behind in self._behind), return_exceptions=True
-            )
+            with self._deleting.of(key):
+                self.pin(key, pinned=False)
+                self._reads.pop(key, None)
+                freed = self.ram.delete_now(key)
+                outcomes = await asyncio.gather(
+                    *(self._delete_below(behind, key) for behind in self._behind), return_exceptions=True
+                )
         finally:
-            self._deleting[key] -= 1
-            if not self._deleting[key]:
-                del self._deleting[key]
             later = self.ram.peek(key)
             if later is not None:
                 self._offer(later)
@@ -230,18 +248,26 @@ class BlockStore:
         """Every key on any tier's books."""
         return set().union(*(tier.ledger.keys() for tier in self.tiers))
 
-    def entries(self) -> dict[bytes, list[tuple[ShipSource.ValueType, Entry]]]:
-        """What each tier's books say of each key."""
-        known: dict[bytes, list[tuple[ShipSource.ValueType, Entry]]] = {}
-        for tier in self.tiers:
-            for entry in tier.ledger.entries():
-                known.setdefault(entry.key, []).append((tier.source, entry))
-        return known
-
     def entries_of(self, key: bytes) -> list[tuple[ShipSource.ValueType, Entry]]:
         """What each tier's books say of one key."""
         told = ((tier.source, tier.ledger.get(key)) for tier in self.tiers)
         return [(source, entry) for source, entry in told if entry is not None]
+
+    def _pending(self, key: bytes) -> StoredBlock | None:
+        return next((one for behind in self._behind if (one := behind.peek(key)) is not None), None)
+
+    def _resident(self, key: bytes) -> StoredBlock | None:
+        """A block in memory or on its way down; nothing is counted."""
+        return self.ram.peek(key) or self._pending(key)
+
+    async def _is_somewhere_only(self, key: bytes) -> bool:
+        """True when some lower tiers have a block and others do not."""
+        return len(set(await asyncio.gather(*(tier.holds(key) for tier in self.lower)))) > 1
+
+    async def _write_everywhere(self, block: StoredBlock, watch: Watch) -> None:
+        for behind in self._behind:
+            # What came during a deletion is offered at the end of that.
+            await behind.written(block, lambda: not watch.deleted and block.key not in self._deleting)
 
     def _offer(self, block: StoredBlock) -> None:
         """To the lower tiers that lack it. What is being deleted is offered at the end of that, if it came again."""

@@ -40,7 +40,8 @@ class WriteBehind:
         self._pinned = pinned
         self._max_bytes = max_bytes
         self._pending: dict[bytes, _Write] = {}
-        self._queue: asyncio.Queue[_Write] = asyncio.Queue()
+        # Keys, not blocks: one that is forgotten is let go of at once, however long its turn is away.
+        self._queue: asyncio.Queue[bytes] = asyncio.Queue()
         self._writers = writers
         self._room = asyncio.Event()
         self._closed = False
@@ -53,21 +54,27 @@ class WriteBehind:
 
     def offer(self, block: StoredBlock) -> None:
         """Queues a block, unless the tier has it by its books or it waits already; dropped and counted when full."""
-        if block.key in self._pending or block.key in self.tier.ledger:
+        if self._knows(block.key):
             return
         if self._closed or self._full_for(block):
             self.tier.meter.writes_dropped += 1
             return
-        write = self._pending[block.key] = _Write(block)
+        self._pending[block.key] = _Write(block)
         self.pending_bytes += block.bytes
-        self._queue.put_nowait(write)
+        self._queue.put_nowait(block.key)
 
-    async def written(self, block: StoredBlock) -> None:
-        """Returns when a block has been written, or cannot be: it waits for room. The caller brings the time limit."""
-        while not self._closed and block.key not in self._pending and self._full_for(block):
+    async def written(self, block: StoredBlock, wanted: Callable[[], bool]) -> None:
+        """Returns when a block has been written, or cannot be: it waits for room. The caller brings the time limit.
+
+        Args:
+            block: The block.
+            wanted: Asked after each wait; a block that nobody wants any more is not queued.
+        """
+        while not self._closed and wanted() and not self._knows(block.key) and self._full_for(block):
             self._room.clear()
             await self._room.wait()
-        self.offer(block)
+        if wanted():
+            self.offer(block)
         await self.settled(block.key)
 
     def peek(self, key: bytes) -> StoredBlock | None:
@@ -105,14 +112,18 @@ class WriteBehind:
 
     async def _run(self) -> None:
         while True:
-            write = await self._queue.get()
-            if write.done.is_set():
-                continue
-            write.begun = True
-            try:
-                await self._write(write.block)
-            finally:
-                self._end(write)
+            await self._take(await self._queue.get())
+
+    async def _take(self, key: bytes) -> None:
+        """A key may be in the queue twice, once for a write that was forgotten: then the second finds nothing to do."""
+        write = self._pending.get(key)
+        if write is None or write.begun:
+            return
+        write.begun = True
+        try:
+            await self._write(write.block)
+        finally:
+            self._end(write)
 
     async def _write(self, block: StoredBlock) -> None:
         """Asks first: another worker may have written it to a shared tier, and asking costs less than sending."""
@@ -124,6 +135,9 @@ class WriteBehind:
             tier.meter.write_failures += 1
             self._log.error("write_failed", tier=tier.name, key=key.hex(), exc_info=error)
         tier.ledger.pin(key, pinned=self._pinned(key))
+
+    def _knows(self, key: bytes) -> bool:
+        return key in self._pending or key in self.tier.ledger
 
     def _full_for(self, block: StoredBlock) -> bool:
         return bool(self._pending) and self.pending_bytes + block.bytes > self._max_bytes

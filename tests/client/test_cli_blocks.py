@@ -38,7 +38,7 @@ def test_ls_is_a_table(stocked: CannedGateway) -> None:
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     assert lines[0].split() == ["key", "tokens", "bytes", "where", "hits", "idle", "pinned", "ttl", "tags", "tenant"]
     rows = [line.split() for line in lines[2:]]
-    first = "aa1111111111… 1 100 B prefill-0 2 1.51 m 2 h [red]walls"
+    first = "aa1111111111… 1 100 B prefill-0 (disk) 2 1.51 m 2 h [red]walls"
     assert " ".join(rows[0]) == first
     assert rows[1][8] == "yes"
     assert rows[3][-1] == "acme"

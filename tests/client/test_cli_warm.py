@@ -77,7 +77,7 @@ def test_folders_are_read_in_order_of_names(gateway: CannedGateway, folder: Path
     assert not request.HasField("chunking")
     table = {" ".join(line.split()) for line in done.stdout.splitlines()}
     assert {"already there 0", "encoded 3", "failed 0", "all 3", "blocks 3, of which 3 encoded"} <= table
-    assert {"tokens 8, of which 8 encoded", "KV stored 800 B", "prefill-0 prefill disk 800 B"} <= table
+    assert {"tokens 8, of which 8 encoded", "KV encoded 800 B", "prefill-0 prefill disk 800 B"} <= table
     assert done.stderr == ""
     again = run(gateway, folder, "--tenant", "acme")
     assert {"already there 3", "encoded 0"} <= {" ".join(line.split()) for line in again.stdout.splitlines()}

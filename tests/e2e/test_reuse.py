@@ -108,7 +108,7 @@ async def test_full_blocks_are_not_kept_unless_asked(served: Served) -> None:
     assert [str(block.role) for block in first.blocks] == ["full", "question"]
     await served.until_idle()
     assert len(served.stack.decode_apps[0].pool.blocks) == 0
-    assert served.stack.prefill_apps[0].holdings.store.entries() == {}
+    assert served.stack.prefill_apps[0].holdings.store.keys() == set()
     again = await served.client.generate(**options)  # type: ignore[arg-type] # likewise
     assert again.usage.blocks_encoded == 1
     assert again.token_ids == first.token_ids

@@ -381,7 +381,7 @@ async def test_books_of_all_tiers_are_told_by_key(opened: Open) -> None:
     parts.store.put(tiny_block(1))
     await parts.settle(1)
     await parts.object.write(tiny_block(2), pinned=False)
-    told = {key: [source for source, _ in entries] for key, entries in parts.store.entries().items()}
+    told = {key: [source for source, _ in parts.store.entries_of(key)] for key in parts.store.keys()}
     assert told == {key_of(1): [RAM, DISK, OBJECT], key_of(2): [OBJECT]}
 
 

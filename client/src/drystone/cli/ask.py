@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from drystone import DEFAULT_ADDRESS, Answer, Client, GenerateOptions, Stream, TextDelta
+from drystone import DEFAULT_ADDRESS, Answer, Client, Document, GenerateOptions, Stream, TextDelta
 from drystone.cli.console import ExitCode, JsonOption, ServerOption, fail, say, telling_errors
 from drystone.cli.documents import DocumentFileError, read_document
 from drystone.cli.summary import answer_as_json, print_summary
@@ -37,6 +37,13 @@ def ask(
         list[Path] | None,
         typer.Option("--document", "-d", metavar="FILE", help="A UTF-8 file to read; repeat for more, in this order."),
     ] = None,
+    key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--key", "-k", metavar="KEY", help="Key of a block that was warmed, after the files; repeat for more."
+        ),
+    ] = None,
+    tenant: Annotated[str, typer.Option(help="Tenant whose blocks are used.")] = "",
     attention: Annotated[
         Attention | None,
         typer.Option(help="block: each file sees only itself, and its KV is kept; full: ordinary attention."),
@@ -61,6 +68,7 @@ def ask(
     Examples:
       drystone ask -d walls.md -d mortar.md "What holds a dry-stone wall together?"
       drystone ask -d walls.md --attention full --json "Who builds them?"
+      drystone ask -k 8aeb5152ed14... "Who builds them?"
       drystone ask "What is a dry-stone wall?"
 
     \b
@@ -68,19 +76,20 @@ def ask(
     """  # noqa: D301 - \b keeps the lines of an example apart
     options: GenerateOptions = {
         "model": model,
+        "tenant": tenant,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "seed": seed,
         "template": template,
         "truncation": truncation.value,
-        "attention": "full" if attention is Attention.FULL or not document else "block",
+        "attention": "full" if attention is Attention.FULL or not (document or key) else "block",
     }
     if not _is_unicode(question):
         fail("the question is not UTF-8 text", ExitCode.USAGE)
     with (
         telling_errors(server, _TOO_LONG_HINT if truncation is Truncation.REFUSE else None),
         Client(server) as client,
-        _open(client, question, document or [], attention, options) as stream,
+        _open(client, question, document or [], key or [], attention, options) as stream,
     ):
         answer = stream.read() if as_json else _print_as_it_comes(stream)
     if as_json:
@@ -90,16 +99,22 @@ def ask(
 
 
 def _open(
-    client: Client, question: str, files: list[Path], attention: Attention | None, options: GenerateOptions
+    client: Client,
+    question: str,
+    files: list[Path],
+    keys: list[str],
+    attention: Attention | None,
+    options: GenerateOptions,
 ) -> Stream:
-    if files:
+    if files or keys:
         try:
-            options["documents"] = [read_document(path) for path in files]
+            named = (Document(key=key) for key in keys)
+            options["documents"] = [*(read_document(path) for path in files), *named]
         except DocumentFileError as error:
             fail(str(error), ExitCode.USAGE)
         return client.stream(question, **options)
     if attention is Attention.BLOCK:
-        fail("--attention block needs documents; give them with -d FILE", ExitCode.USAGE)
+        fail("--attention block needs documents; give them with -d FILE or -k KEY", ExitCode.USAGE)
     say("no documents: asking as a chat, with full attention")
     options["messages"] = [{"role": "user", "content": question}]
     return client.stream(**options)

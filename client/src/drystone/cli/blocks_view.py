@@ -29,7 +29,7 @@ def print_list(blocks: Iterable[BlockInfo]) -> None:
             f"{block.key[:SHOWN_DIGITS]}…",
             str(block.tokens),
             human_bytes(block.bytes),
-            Text(", ".join(location.place for location in block.locations) or "record only"),
+            Text(_where(block)),
             str(block.hits),
             times.shown(block.idle_seconds),
             "yes" if block.pinned else "",
@@ -38,6 +38,14 @@ def print_list(blocks: Iterable[BlockInfo]) -> None:
             Text(block.tenant),
         )
     _console().print(table)
+
+
+def _where(block: BlockInfo) -> str:
+    """Places, each once, with what they keep the block as."""
+    places: dict[str, list[str]] = {}
+    for location in block.locations:
+        places.setdefault(location.place, []).append(source_label(location.source).removeprefix("prefill "))
+    return ", ".join(f"{place} ({', '.join(kept)})" for place, kept in places.items()) or "record only"
 
 
 def print_block(block: BlockInfo) -> None:

@@ -142,13 +142,13 @@ def _sums(tally: Tally) -> Table:
     table.add_section()
     table.add_row("blocks", f"{tally.blocks}, of which {tally.last.blocks_encoded} encoded")
     table.add_row("tokens", f"{tally.tokens}, of which {tally.last.tokens_encoded} encoded")
-    table.add_row("KV stored", human_bytes(tally.last.bytes_stored))
+    table.add_row("KV encoded", human_bytes(tally.last.bytes_stored))
     return table
 
 
 def _places(tally: Tally) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("KV lies in")
+    table.add_column("KV was kept in")
     table.add_column("as")
     table.add_column("bytes", justify="right")
     for place in tally.last.stored:
