@@ -269,9 +269,8 @@ class ObjectTier:
         if self._own_folder is not None:
             try:
                 os.utime(self._own_folder / self._names.block(key))
-            except (
-                OSError
-            ) as error:  # removed meanwhile, or a disk that takes no writes: the block is good all the same
+            except OSError as error:
+                # Removed meanwhile, or a disk that takes no writes: the block is good all the same.
                 _log.debug("last_use_not_noted", key=key.hex(), error=str(error))
         return block
 

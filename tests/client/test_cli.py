@@ -62,6 +62,15 @@ def test_ask_streams_and_sums_up(gateway: CannedGateway, document: Path, tmp_pat
     assert sent.attention == 1
 
 
+def test_ask_takes_keys_after_files_and_a_tenant(gateway: CannedGateway, document: Path) -> None:
+    key = "ab" * 32
+    done = run("ask", "-s", gateway.address, "-d", document, "-k", key, "--tenant", "acme", "What holds?")
+    assert done.exit_code == 0, done.output
+    sent = gateway.requests[0]
+    assert [(item.title, item.block_key) for item in sent.rag.documents] == [("Dry stone", ""), ("", key)]
+    assert sent.tenant == "acme"
+
+
 def test_ask_json_is_one_object(gateway: CannedGateway, document: Path) -> None:
     done = run("ask", "--json", "-d", document, "Why?", environment={"DRYSTONE_SERVER": gateway.address})
     assert done.exit_code == 0, done.output

@@ -76,6 +76,6 @@ async def test_no_block_of_a_killed_writer_is_wrong_and_those_that_were_written_
         assert tier.meter.corruptions == 0
         await tier.close()
     print(f"{ROUNDS} kills, {halves} left half a file; {served} blocks served afterwards")  # noqa: T201 - a figure
-    assert inside == ROUNDS, "writers are always at work"
+    assert inside > 0, "no kill came while writes were begun and not ended"
     assert halves > 0, "no kill came while a file was being written"
     assert served > 0
