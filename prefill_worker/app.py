@@ -90,7 +90,6 @@ class PrefillApp:
         self.shipper = Shipper(self.identity, compatibility_of(self.model), shape, settings.ship_timeout_seconds)
         jobs = Jobs(self.holdings, self.encoder, self.shipper, self.model.vocabulary_size)
         prefill = PrefillService(self.model, jobs, self.holdings, settings.default_timeout_seconds)
-        await self._open()
         self._worker = WorkerService(
             self.identity,
             ProcessRole.PROCESS_ROLE_PREFILL,
@@ -108,13 +107,22 @@ class PrefillApp:
             worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name,
         ]
         self.server = RpcServer(settings, register, services)
+        await self._open()
+        try:
+            return await self._serve()
+        except BaseException:
+            # Whoever tries again, here or in another process, finds folder and table free.
+            await self._release(0.0)
+            raise
+
+    async def _serve(self) -> dict[str, str]:
         self._worker.address = await self.server.start()
         self.tasks = [
             asyncio.create_task(self.encoder.run(), name="encoder"),
             asyncio.create_task(self.holdings.store.run(), name="store"),
             asyncio.create_task(self._keep_records(), name="records"),
         ]
-        self._metrics.serve(settings.host, settings.metrics_port)
+        self._metrics.serve(self._settings.host, self._settings.metrics_port)
         await self.server.set_serving(serving=True)
         return {"role": "prefill", "worker_id": self.identity.worker_id, "grpc_address": self.server.address}
 
@@ -122,13 +130,18 @@ class PrefillApp:
         """Running jobs may end within the grace; then everything is released."""
         if self.tasks:
             self._worker.state = ProcessState.PROCESS_STATE_DRAINING
-            await self.server.stop(grace_seconds)
-            for task in self.tasks:
-                await cancelled(task)
-            self._metrics.close()
-            await self.shipper.close()
-            await self.holdings.store.close(grace_seconds)
-            await self.holdings.records.close()
+            await self._release(grace_seconds)
+
+    async def _release(self, grace_seconds: float) -> None:
+        """Stops what runs, the server first, then lets go of tiers and records, begun or not."""
+        await self.server.stop(grace_seconds)
+        tasks, self.tasks = self.tasks, []
+        for task in tasks:
+            await cancelled(task)
+        self._metrics.close()
+        await self.shipper.close()
+        await self.holdings.store.close(grace_seconds)
+        await self.holdings.records.close()
 
     async def _open(self) -> None:
         """Opens records and tiers; what is pinned stays pinned from the first moment."""
@@ -151,6 +164,9 @@ class PrefillApp:
                     await self.holdings.records.refresh()
             except DrystoneError as error:  # the next round may succeed; requests go on without it
                 self._log.warning("records_not_swept", reason=error.reason, detail=error.message)
+            except Exception as defect:  # noqa: BLE001 - one record or object must not end the worker, again and again
+                self.holdings.records.figures.table_failures += 1
+                self._log.error("records_not_swept", exc_info=defect)
             await asyncio.sleep(self._settings.sweep_seconds)
 
     def _keep(self, block: StoredBlock) -> None:

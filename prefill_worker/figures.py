@@ -31,7 +31,9 @@ def figures(holdings: Holdings, encoder: Encoder, shipper: Shipper) -> dict[str,
         "unwritten_bytes": holdings.store.pending_bytes,
         "records": len(records),
         "records_damaged_total": records.figures.damaged_rows + records.figures.damaged_objects,
-        "record_failures_total": records.figures.table_failures + records.figures.mirror_failures,
+        "record_failures_total": (
+            records.figures.table_failures + records.figures.mirror_failures + records.figures.not_expired
+        ),
     }
     for tier in holdings.store.tiers:
         values.update(_of_tier(tier))

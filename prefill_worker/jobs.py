@@ -18,10 +18,12 @@ from dataclasses import dataclass
 
 from prefill_worker.batch_queue import Urgency
 from prefill_worker.encoder import Encoder
+from prefill_worker.encoding import Encoding
 from prefill_worker.holdings import Holdings
 from prefill_worker.records.record import BlockRecord
 from prefill_worker.shipper import Shipper
 from prefill_worker.tiers.block import StoredBlock
+from prefill_worker.tiers.deletions import Watch
 from shared.errors import DrystoneError, Reason
 from shared.internal.v1 import prefill_pb2 as pb
 from shared.internal.v1.common_pb2 import BlockRef, KvEndpoint, ShipSource
@@ -101,13 +103,18 @@ class Jobs:
             await self._send(block, job, errand, done)
             return done
         ref = job.block if job.block.token_ids else await self._recorded(job.block, errand)
+        # Others may have made it while tiers and records were asked; nothing is awaited from here to the request.
+        made = self._holdings.store.in_memory(ref.key)
+        if made is not None:
+            done.source = ShipSource.SHIP_SOURCE_RAM
+            await self._send(made, job, errand, done)
+            return done
         encoding, shared = self._encoder.request(
             ref.key, ref.token_ids, store=ref.store, urgency=errand.urgency, tenant=errand.tenant
         )
         try:
             block = await asyncio.shield(encoding.done)
-            done.source = ShipSource.SHIP_SOURCE_SHARED_ENCODE if shared else ShipSource.SHIP_SOURCE_ENCODED
-            done.encode_ms, done.queue_ms = (0.0 if shared else encoding.encode_ms), encoding.queue_ms
+            _tell(done, encoding, shared=shared)
             await self._send(block, job, errand, done)
         finally:
             self._encoder.leave(encoding)
@@ -123,20 +130,19 @@ class Jobs:
     async def _keep(self, ref: BlockRef, errand: Errand) -> pb.BlockDone:
         """Warming: done once the block is in every tier that can keep it."""
         store = self._holdings.store
-        done, block = pb.BlockDone(key=ref.key), None
-        if not await store.where(ref.key):
-            whole = ref if ref.token_ids else await self._recorded(ref, errand)
-            encoding, shared = self._encoder.request(
-                whole.key, whole.token_ids, store=True, urgency=errand.urgency, tenant=errand.tenant
-            )
-            try:
-                block = await asyncio.shield(encoding.done)
-                done.birth_id = block.birth.birth_id
-            finally:
-                self._encoder.leave(encoding)
-            done.source = ShipSource.SHIP_SOURCE_SHARED_ENCODE if shared else ShipSource.SHIP_SOURCE_ENCODED
-            done.encode_ms, done.queue_ms = (0.0 if shared else encoding.encode_ms), encoding.queue_ms
-        tiers = await store.kept(ref.key, block)
+        done = pb.BlockDone(key=ref.key)
+        with store.watch(ref.key) as watch:
+            if await store.where(ref.key):
+                tiers = await store.kept(ref.key)
+            else:
+                whole = ref if ref.token_ids else await self._recorded(ref, errand)
+                # Others may have made it meanwhile; nothing is awaited from here to the request.
+                if store.in_memory(ref.key) is not None:
+                    tiers = await store.kept(ref.key)
+                else:
+                    tiers = await self._encode_and_keep(whole, errand, done, watch)
+        if watch.deleted:
+            raise _deleted_meanwhile()
         if not tiers:
             raise DrystoneError(
                 Reason.BLOCK_UNAVAILABLE,
@@ -148,9 +154,39 @@ class Jobs:
         done.bytes = self._holdings.extent_bytes(len(ref.token_ids))
         return done
 
+    async def _encode_and_keep(
+        self, ref: BlockRef, errand: Errand, done: pb.BlockDone, watch: Watch
+    ) -> tuple[ShipSource.ValueType, ...]:
+        """Tiers that keep the block.
+
+        The encoding is left only when they have it: until then its bytes count as unshipped, and the encoder pauses
+        rather than fill memory ahead of slow tiers. Tiers never wait for the encoder, so this comes to an end.
+        """
+        encoding, shared = self._encoder.request(
+            ref.key, ref.token_ids, store=True, urgency=errand.urgency, tenant=errand.tenant
+        )
+        try:
+            block = await asyncio.shield(encoding.done)
+            if watch.deleted or not encoding.store:
+                raise _deleted_meanwhile()
+            done.birth_id = block.birth.birth_id
+            _tell(done, encoding, shared=shared)
+            return await self._holdings.store.kept(ref.key, block)
+        finally:
+            self._encoder.leave(encoding)
+
     async def _recorded(self, ref: BlockRef, errand: Errand) -> BlockRef:
         """A block that came without its tokens, with those of its record."""
         record = (await self._holdings.records.get([ref.key])).get(ref.key)
         if record is None or errand.keys.key(record.token_ids) != ref.key:
             raise DrystoneError(Reason.UNKNOWN_BLOCK_KEY, f"this worker does not know block {ref.key.hex()}")
         return BlockRef(key=ref.key, token_ids=record.token_ids, store=ref.store)
+
+
+def _tell(done: pb.BlockDone, encoding: Encoding, *, shared: bool) -> None:
+    done.source = ShipSource.SHIP_SOURCE_SHARED_ENCODE if shared else ShipSource.SHIP_SOURCE_ENCODED
+    done.encode_ms, done.queue_ms = (0.0 if shared else encoding.encode_ms), encoding.queue_ms
+
+
+def _deleted_meanwhile() -> DrystoneError:
+    return DrystoneError(Reason.BLOCK_UNAVAILABLE, "the block was deleted meanwhile")

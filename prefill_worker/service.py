@@ -13,9 +13,11 @@ from drystone.v1.generation_pb2 import Priority
 from prefill_worker.batch_queue import Urgency
 from prefill_worker.holdings import Holdings
 from prefill_worker.jobs import Errand, Jobs
+from prefill_worker.listing import Listing
+from prefill_worker.tiers.block_file import TENANT_BYTES_MAX
 from shared import logs
 from shared.engine.served_model import ServedModel
-from shared.errors import DrystoneError, Reason, deadline_exceeded
+from shared.errors import DrystoneError, InvalidRequestError, Reason, deadline_exceeded
 from shared.internal.v1 import prefill_pb2 as pb
 from shared.internal.v1.common_pb2 import BlockFailure
 from shared.internal.v1.prefill_pb2_grpc import PrefillServicer
@@ -32,6 +34,7 @@ class PrefillService(PrefillServicer):
         self._keys = model.key_space()
         self._jobs = jobs
         self._holdings = holdings
+        self._listing = Listing(holdings.store, holdings.records, model.geometry.shape)
         self._default_timeout = default_timeout_seconds
         self._log = logs.get("prefill")
 
@@ -40,6 +43,7 @@ class PrefillService(PrefillServicer):
     ) -> AsyncIterator[pb.EncodeBlocksResponse]:
         """An event as each job ends."""
         self._check_model(request.model_fingerprint)
+        _check_tenant(request.tenant)
         timeout = request.time_left_ms / 1e3 if request.time_left_ms else self._default_timeout
         with logs.request_scope(request.request_id, request.traceparent):
             self._log.info("encode", jobs=len(request.jobs))
@@ -94,15 +98,16 @@ class PrefillService(PrefillServicer):
 
     async def DescribeBlocks(self, request: pb.DescribeStoredRequest, context: Context) -> pb.DescribeStoredResponse:
         """Stored and recorded blocks."""
-        return pb.DescribeStoredResponse(blocks=await self._holdings.describe(request))
+        blocks, looked_at = await self._listing.describe(request)
+        return pb.DescribeStoredResponse(blocks=blocks, looked_at=looked_at)
 
     async def PinBlocks(self, request: pb.PinStoredRequest, context: Context) -> pb.PinStoredResponse:
         """Keeps blocks from eviction, or lets them go again."""
         return pb.PinStoredResponse(changed=await self._holdings.pin(request.keys, pinned=not request.unpin))
 
     async def DeleteBlocks(self, request: pb.DeleteStoredRequest, context: Context) -> pb.DeleteStoredResponse:
-        """Removes blocks and records; when it answers they are gone."""
-        deleted, freed = await self._holdings.delete(request.keys)
+        """Removes blocks, and their records last; when it answers they are gone."""
+        deleted, freed = await self._holdings.delete(request.keys, keep_records=request.keep_records)
         self._log.info("deleted", blocks=len(deleted), bytes_freed=freed)
         return pb.DeleteStoredResponse(deleted=deleted, bytes_freed=freed)
 
@@ -110,3 +115,16 @@ class PrefillService(PrefillServicer):
         """Keeps copies of another worker's records."""
         self._check_model(request.model_fingerprint)
         return pb.KeepRecordsResponse(changed=await self._holdings.keep_copies(request.records))
+
+
+def _check_tenant(tenant: str) -> None:
+    """Every tier must be able to keep a tenant's blocks, and files have room for so long a name."""
+    size = len(tenant.encode())
+    if size > TENANT_BYTES_MAX:
+        raise InvalidRequestError(
+            Reason.INVALID_FIELD,
+            "tenant",
+            "is too long",
+            limit=f"{TENANT_BYTES_MAX} bytes of UTF-8",
+            value=f"{size} bytes",
+        )

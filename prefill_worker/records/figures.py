@@ -15,6 +15,7 @@ class RecordFigures:
         not_taken_in: Records read from the mirror for which the table had no room.
         deleted: Records removed by name.
         expired: Records removed because their time was up.
+        not_expired: Blocks whose KV could not be removed when their records' time was up; tried again.
         damaged_rows: Rows whose tokens did not make their key; dropped.
         damaged_tables: Table files that could not be read; set aside.
         table_failures: Calls that the table could not answer.
@@ -29,6 +30,7 @@ class RecordFigures:
     not_taken_in: int = 0
     deleted: int = 0
     expired: int = 0
+    not_expired: int = 0
     damaged_rows: int = 0
     damaged_tables: int = 0
     table_failures: int = 0

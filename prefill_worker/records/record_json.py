@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 from prefill_worker.records.record import BlockRecord
@@ -65,17 +66,33 @@ def from_json(data: bytes) -> BlockRecord:
         raise ValueError(f"not a record: {error!r}") from error
     if not _is_typed(record):
         raise ValueError("a field is of the wrong kind")
-    return record
+    return record if record.expires_at is None else replace(record, expires_at=float(record.expires_at))
 
 
 def _is_typed(record: BlockRecord) -> bool:
-    ends = record.expires_at
     return (
         all(type(token) is int and 0 <= token <= _MAX_TOKEN_ID for token in record.token_ids)
-        and all(isinstance(text, str) for text in (record.tenant, *record.tags))
-        and (ends is None or (type(ends) in {int, float} and math.isfinite(ends)))
+        and all(isinstance(text, str) and _is_utf8(text) for text in (record.tenant, *record.tags))
+        and (record.expires_at is None or _is_time(record.expires_at))
         and isinstance(record.pinned, bool)
     )
+
+
+def _is_time(value: object) -> bool:
+    """JSON's numbers have no bound: an integer may be more than any float, and what is kept is a float."""
+    try:
+        return type(value) in {int, float} and math.isfinite(value)  # type: ignore[arg-type] # its type is known here
+    except OverflowError:
+        return False
+
+
+def _is_utf8(text: str) -> bool:
+    """JSON's text may hold half of a pair, which no file keeps."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _checksum(fields: dict[str, Any]) -> str:

@@ -10,28 +10,37 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from prefill_worker.records.figures import RecordFigures
 from prefill_worker.records.key_locks import KeyLocks
 from prefill_worker.records.mirror import Mirror
 from prefill_worker.records.record import BlockRecord
 from prefill_worker.records.selection import Selection
-from prefill_worker.records.table import Table
+from prefill_worker.records.table import FIRST_PLACE, Table
 from shared import logs
 from shared.errors import DrystoneError, Reason, deadline_exceeded
 from shared.kv.keys import KeySpace
 
 T = TypeVar("T")
+LetGo: TypeAlias = Callable[[Sequence[bytes]], Awaitable[Sequence[bytes]]]
 
 _BATCH = 256
 _LOCK_TIMEOUT_S = 60.0
 # Another worker may be about to prolong a record that has just ended; the mirror's object stays this long after.
 _GRACE_S = 3600.0
+
+
+async def _nothing_to_let_go(keys: Sequence[bytes]) -> Sequence[bytes]:
+    return keys
+
+
+def _nobody_listens(key: bytes) -> None:
+    """A pin that concerns records alone."""
 
 
 class Records:
@@ -44,6 +53,9 @@ class Records:
         max_records: Most records in the table.
         table_timeout_s: Longest wait for the table.
         clock: Unix seconds now.
+
+    Attributes:
+        on_pinned: Told the key of each pinned record that is kept or taken in.
     """
 
     def __init__(
@@ -67,6 +79,7 @@ class Records:
         # SQLite's connection lives on this one thread; calls are done in the order in which they were made.
         self._thread = ThreadPoolExecutor(1, "records")
         self._next_shard = ""
+        self.on_pinned: Callable[[bytes], object] = _nobody_listens
         self._closed = False
 
     async def open(self) -> None:
@@ -112,6 +125,7 @@ class Records:
             if self._mirror is not None:
                 await self._take_in(await self._on_table(self._table.lacks, keys, self._clock()))
             changed = await self._on_table(self._table.keep, live, self._clock(), mirrored=False)
+            self._tell_pins([*live, *changed])
             await self._write_mirror(changed)
         self.figures.kept += len(changed)
         return len(changed)
@@ -130,7 +144,6 @@ class Records:
     async def select(
         self,
         *,
-        keys: Sequence[bytes] = (),
         key_prefix: str = "",
         tags: Sequence[str] = (),
         tenant: str | None = None,
@@ -142,7 +155,7 @@ class Records:
         Raises:
             DrystoneError: INVALID_BLOCK_KEY: the prefix is none; INTERNAL: the table cannot be read.
         """
-        selection = Selection(tuple(keys), key_prefix, tuple(tags), tenant, after_key, limit)
+        selection = Selection(key_prefix, tuple(tags), tenant, after_key, limit)
         return await self._on_table(self._table.select, selection, self._clock())
 
     async def set_pinned(self, keys: Sequence[bytes], *, pinned: bool) -> list[bytes]:
@@ -172,12 +185,28 @@ class Records:
         self.figures.deleted += len(known)
         return [key for key in distinct if key in known]
 
-    async def expire(self) -> list[bytes]:
-        """Removes the table's records whose time is up; their keys. Their objects go with a later refresh."""
+    async def expire(self, let_go: LetGo = _nothing_to_let_go) -> list[bytes]:
+        """Removes records whose time is up, after what they stand for; their keys. Their objects go with a refresh.
+
+        A record that another worker has prolonged is taken in instead. One that the mirror cannot tell of now, or that
+        `let_go` did not manage, stays for the next call.
+
+        Args:
+            let_go: Given keys whose time is up, which nobody changes meanwhile; returns those that it let go of.
+        """
         gone: list[bytes] = []
-        now = self._clock()
-        while batch := await self._on_table(self._table.expire, now, _BATCH):
-            gone += batch
+        now, after = self._clock(), FIRST_PLACE
+        while batch := await self._on_table(self._table.ended, now, after, _BATCH):
+            after = batch[-1][1]
+            keys = [key for key, _ in batch]
+            async with self._locks.hold(keys):
+                over = await self._on_table(self._table.lacks, keys, now)
+                if self._mirror is not None and over:
+                    answers = await self._mirror.read(over)
+                    prolonged = await self._accept(answers)
+                    over = [key for key in over if key in answers and key not in prolonged]
+                if over:
+                    gone += await self._on_table(self._table.drop_ended, await let_go(over), now)
         self.figures.expired += len(gone)
         return gone
 
@@ -217,10 +246,15 @@ class Records:
         if self._mirror is None:
             return {}
         answers = await self._mirror.read(keys)
+        live = await self._accept(answers)
+        over = [key for key, record in answers.items() if record is not None and record.ended(self._clock() - _GRACE_S)]
+        await self._mirror.discard(over)
+        return live
+
+    async def _accept(self, answers: Mapping[bytes, BlockRecord | None]) -> dict[bytes, BlockRecord]:
+        """Takes what the mirror answered into the table; the records that have not ended. The caller holds the keys."""
         now = self._clock()
-        found = {key: record for key, record in answers.items() if record is not None}
-        over = [key for key, record in found.items() if record.ended(now - _GRACE_S)]
-        live = {key: record for key, record in found.items() if not record.ended(now)}
+        live = {key: record for key, record in answers.items() if record is not None and not record.ended(now)}
         try:
             await self._on_table(self._table.keep, list(live.values()), now, mirrored=True)
             self.figures.taken_in += len(live)
@@ -228,8 +262,13 @@ class Records:
             # What the mirror says is true whether or not the table has room for it.
             self.figures.not_taken_in += len(live)
             logs.get("records").warning("records_not_taken_in", records=len(live), error=error.message)
-        await self._mirror.discard(over)
+        self._tell_pins(live.values())
         return live
+
+    def _tell_pins(self, records: Iterable[BlockRecord]) -> None:
+        for record in records:
+            if record.pinned:
+                self.on_pinned(record.key)
 
     async def _write_mirror(self, records: Sequence[BlockRecord]) -> bool:
         """Writes what changed; False when some of it could not be. The caller holds the keys."""

@@ -16,7 +16,6 @@ class Selection:
     """Criteria on records; those that are given must all match.
 
     Attributes:
-        keys: Any of these; none means all.
         key_prefix: Beginning of a key in hexadecimal digits.
         tags: Any of these; none means all.
         tenant: Whose; empty is a tenant too. None: everybody's.
@@ -24,7 +23,6 @@ class Selection:
         limit: Most records, the first ones in the order of their keys. 0: all.
     """
 
-    keys: tuple[bytes, ...] = ()
     key_prefix: str = ""
     tags: tuple[str, ...] = ()
     tenant: str | None = None

@@ -6,10 +6,11 @@ when its tokens make its key; another is dropped and counted.
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from prefill_worker.records.figures import RecordFigures
 from prefill_worker.records.record import BlockRecord, space_name
@@ -21,6 +22,10 @@ from shared.errors import DrystoneError, Reason
 from shared.kv.keys import KeySpace
 
 T = TypeVar("T")
+
+# Of a record among those that end: when it does, and its number.
+Place: TypeAlias = tuple[float, int]
+FIRST_PLACE: Place = (-math.inf, 0)
 
 _LIVE = "(expires_at IS NULL OR expires_at > :now)"
 # Nothing but names of columns and our own conditions is ever put into a statement; values are bound.
@@ -121,8 +126,6 @@ class Table:
         """Records that match, in the order of their keys."""
         low, high = selection.key_range
         conditions = [_LIVE, "key BETWEEN :low AND :high", "key > :after"]
-        if selection.keys:
-            conditions.append("key IN (SELECT key FROM wanted_keys)")
         if selection.tags:
             conditions.append(
                 "id IN (SELECT record FROM record_tags WHERE tag IN (SELECT tag FROM wanted_tags))",
@@ -140,9 +143,7 @@ class Table:
         }
 
         def work(connection: sqlite3.Connection) -> list[BlockRecord]:
-            connection.execute("DELETE FROM wanted_keys")
             connection.execute("DELETE FROM wanted_tags")
-            connection.executemany("INSERT OR IGNORE INTO wanted_keys VALUES (?)", ((key,) for key in selection.keys))
             connection.executemany("INSERT OR IGNORE INTO wanted_tags VALUES (?)", ((tag,) for tag in selection.tags))
             return self._sound(connection, connection.execute(query, bound).fetchall())
 
@@ -174,14 +175,31 @@ class Table:
 
         return self._transact(work)
 
-    def expire(self, now: float, limit: int) -> list[bytes]:
-        """Removes records whose time is up, at most `limit`; their keys."""
+    def ended(self, now: float, after: Place, limit: int) -> list[tuple[bytes, Place]]:
+        """Keys of records whose time is up, at most `limit`, each with its place in the order of their ends.
+
+        Args:
+            now: Unix seconds.
+            after: Only records after this place.
+            limit: Most keys.
+        """
         query = (
-            "DELETE FROM records WHERE id IN "
-            "(SELECT id FROM records WHERE expires_at <= :now ORDER BY expires_at LIMIT :limit) RETURNING key"
+            "SELECT key, expires_at, id FROM records WHERE expires_at <= :now AND (expires_at, id) > (:ends, :id) "
+            "ORDER BY expires_at, id LIMIT :limit"
         )
-        bound = {"now": now, "limit": limit}
-        return self._transact(lambda connection: [row[0] for row in connection.execute(query, bound).fetchall()])
+        bound = {"now": now, "ends": after[0], "id": after[1], "limit": limit}
+        return self._transact(
+            lambda connection: [(row[0], (row[1], row[2])) for row in connection.execute(query, bound)]
+        )
+
+    def drop_ended(self, keys: Iterable[bytes], now: float) -> list[bytes]:
+        """Removes those of some records whose time is up; their keys."""
+        query = "DELETE FROM records WHERE key = ? AND expires_at <= ?"
+
+        def work(connection: sqlite3.Connection) -> list[bytes]:
+            return [key for key in keys if connection.execute(query, (key, now)).rowcount]
+
+        return self._transact(work)
 
     def unmirrored(self, after_key: bytes, limit: int, now: float) -> list[bytes]:
         """Keys of records that the mirror lacks, in their order after one."""

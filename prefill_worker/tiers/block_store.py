@@ -161,8 +161,9 @@ class BlockStore:
         return self._deleting.watch(key)
 
     async def kept(self, key: bytes, block: StoredBlock | None = None) -> tuple[ShipSource.ValueType, ...]:
-        """Tiers that hold a block once it has been written to every lower tier that can keep it, however long their
-        queues are. The caller brings the time limit.
+        """Tiers that hold a block, once every lower tier that can keep it has it. The caller brings the time limit.
+
+        Writers are waited for and nobody else; writers wait for their tiers alone.
 
         Args:
             key: The block.

@@ -17,18 +17,18 @@ from prefill_worker.tiers.block_file import (
     FileIdentity,
     decode_file,
     decode_head,
-    file_bytes,
     head_bytes,
     tokens_of,
 )
 from prefill_worker.tiers.breaker import Breaker
-from prefill_worker.tiers.ledger import UNKNOWN_TENANT, Ledger
+from prefill_worker.tiers.ledger import UNKNOWN_TENANT, Entry, Ledger
 from prefill_worker.tiers.locations import FolderLock, Patience
 from prefill_worker.tiers.meter import TierMeter
 from prefill_worker.tiers.object_files import ObjectError, ObjectFiles
 from prefill_worker.tiers.object_names import BLOCKS, SUFFIX, ObjectNames
 from prefill_worker.tiers.object_writer import ObjectWriter
 from prefill_worker.tiers.pace import Pace
+from prefill_worker.tiers.shared_time import SharedTime
 from prefill_worker.tiers.shelf import Shelf
 from prefill_worker.tiers.survey import survey
 from shared import logs
@@ -106,6 +106,7 @@ class ObjectTier:
         self._clock = clock
         self._next_listing = 0.0
         self._reading = Breaker(name, "reading", clock)
+        self._reads = SharedTime()
         self._writer = ObjectWriter(self._shelf, identity, Breaker(name, "writing", clock))
 
     @property
@@ -171,50 +172,66 @@ class ObjectTier:
             self.meter.misses += 1
         if absent or not self._reading.allows():
             return None
-        begun = time.perf_counter()
+        begun, share = time.perf_counter(), self._reads.begin()
         try:
             data = await self._files.get(self._names.block(key))
+            block = None if data is None else await asyncio.to_thread(self._decode, data, key)
         except ObjectError as error:
             self._failed_to_read(error)
             return None
+        except BadBlockFileError as error:
+            self._reading.succeeded()
+            await self._put_aside(key, entry, error)
+            return None
+        finally:
+            share = self._reads.end(share)
         self._reading.succeeded()
-        if data is None:
+        if data is None or block is None:
             self.meter.misses += 1
             if key not in self._shelf.unwritten:
                 self._shelf.strike_off(key, entry)
             return None
-        try:
-            block = await asyncio.to_thread(self._decode, data, key)
-        except BadBlockFileError as error:
-            self._shelf.strike_off(key, entry)
-            await self._shelf.put_aside(key, data.nbytes, error.reason)
-            return None
+        self.pace.measured(block.bytes, share)
         self._read_well(block, time.perf_counter() - begun)
         await self._know_better(block, data.nbytes)
         return block
 
     async def head(self, key: bytes) -> BlockHead | None:
-        """The head of a file. One that is bad is left to the next read, which puts it aside."""
-        if not await self.holds(key) or not self._reading.allows():
-            return None
+        """A block's tokens and tenant, verified; a bad file is put aside.
+
+        Raises:
+            DrystoneError: BLOCK_UNAVAILABLE: it may be there, and the store does not say.
+        """
         entry = self.ledger.get(key)
-        if entry is None:
+        if (entry is None and not self._shared) or key in self._shelf.buried or key in self._shelf.unwritten:
             return None
+        if not self._reading.allows():
+            raise _unavailable(f"{self.name} has failed too often and is left alone for a while")
         try:
-            data = await self._files.beginning(self._names.block(key), head_bytes(entry.tokens, self._identity))
+            size = entry.bytes if entry is not None else await self._files.size(self._names.block(key))
+            tokens = None if size is None else tokens_of(size, self._identity)
+            length = 0 if tokens is None else head_bytes(tokens, self._identity)
+            data = await self._files.beginning(self._names.block(key), length) if length else None
         except ObjectError as error:
             self._failed_to_read(error)
-            return None
+            raise _unavailable(f"{self.name}: block {key.hex()} could not be looked at: {error}") from error
         self._reading.succeeded()
-        if data is None:
+        if size is None or tokens is None or data is None:
             return None
         try:
-            head = decode_head(data, file_bytes(entry.tokens, self._identity), key, self._identity)
+            head = decode_head(data, size, key, self._identity)
         except BadBlockFileError as error:
-            _log.warning("bad_block_head", tier=self.name, key=key.hex(), reason=str(error))
+            await self._put_aside(key, entry, error)
             return None
+        if entry is None:
+            await self._shelf.enter(key, tokens, size, head.tenant)
         self.ledger.belongs(key, head.tenant)
         return head
+
+    async def _put_aside(self, key: bytes, entry: Entry | None, error: BadBlockFileError) -> None:
+        size = entry.bytes if entry is not None else 0
+        self._shelf.strike_off(key, entry)
+        await self._shelf.put_aside(key, size, error.reason)
 
     async def write(self, block: StoredBlock, *, pinned: bool) -> bool:
         """Makes room, then writes the block whole or not at all."""
@@ -278,7 +295,6 @@ class ObjectTier:
         self.meter.hits += 1
         self.meter.read_bytes += block.bytes
         self.meter.on_read(seconds)
-        self.pace.measured(block.bytes, seconds)
         self.ledger.used(block.key)
 
     async def _know_better(self, block: StoredBlock, size: int) -> None:
@@ -294,6 +310,10 @@ class ObjectTier:
     def _insist_on_own_folder(self) -> None:
         if self._own_folder is not None and self._reading.failing:
             raise OSError(f"{self.name}: {self._own_folder} cannot be listed; the log says why")
+
+
+def _unavailable(message: str) -> DrystoneError:
+    return DrystoneError(Reason.BLOCK_UNAVAILABLE, message, retry_after_ms=1000)
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -50,7 +50,11 @@ class Tier(Protocol):
         ...
 
     async def head(self, key: bytes) -> BlockHead | None:
-        """A block's tokens and tenant, verified, without its KV; None as for `read`. No hit is counted."""
+        """A block's tokens and tenant, verified, without its KV; no hit is counted. None: it is not there, or was bad.
+
+        Raises:
+            DrystoneError: BLOCK_UNAVAILABLE: it may be there, and the tier could not look.
+        """
         ...
 
     async def write(self, block: StoredBlock, *, pinned: bool) -> bool:

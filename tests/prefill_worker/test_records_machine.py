@@ -136,15 +136,11 @@ class RecordsMachine(RuleBasedStateMachine):
         expected = [
             one
             for key, one in sorted(self.live().items())
-            if (not keys or key in keys)
-            and key.hex().startswith(start)
-            and (not tags or set(tags) & set(one.tags))
-            and tenant in {None, one.tenant}
+            if key.hex().startswith(start) and (not tags or set(tags) & set(one.tags)) and tenant in {None, one.tenant}
         ]
         found: list[BlockRecord] = []
         while page := self.run(
             self.records.select(
-                keys=keys,
                 key_prefix=start,
                 tags=tags,
                 tenant=tenant,

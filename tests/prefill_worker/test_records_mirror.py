@@ -6,7 +6,7 @@ import asyncio
 import http.client
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -212,6 +212,9 @@ async def test_a_damaged_object_is_not_believed(folder: LocalStore, damage: Call
         {"expires_at": float("inf")},
         {"expires_at": "1"},
         {"expires_at": True},
+        {"expires_at": 10**400},
+        {"tenant": "\ud800"},
+        {"tags": ["\ud800"]},
         {"pinned": 1},
         {"key": "zz"},
         {"key": 7},
@@ -257,8 +260,28 @@ async def test_another_worker_may_prolong(folder: LocalStore) -> None:
         await first.keep([record(1, expires_at=clock.now + 10)])
         await second.keep([record(1, expires_at=clock.now + 99)])
         clock.now += 10
-        assert await first.expire() == [record(1).key]
-        assert (await first.get([record(1).key]))[record(1).key].expires_at == clock.now + 89
+        touched: list[bytes] = []
+
+        async def let_go(keys: Sequence[bytes]) -> Sequence[bytes]:
+            touched.extend(keys)
+            return keys
+
+        assert await first.expire(let_go) == touched == []
+        assert (await first.select())[0].expires_at == clock.now + 89
+        clock.now += 89
+        assert await first.expire(let_go) == touched == [record(1).key]
+
+
+async def test_nothing_expires_while_the_store_cannot_be_asked(folder: LocalStore, switch: Switch) -> None:
+    clock = Clock()
+    async with worker(folder, clock=clock) as records:
+        await records.keep([record(1, expires_at=clock.now + 10)])
+        clock.now += 10
+        switch.on = False
+        assert await records.expire() == []
+        assert len(records) == 1
+        switch.on = True
+        assert await records.expire() == [record(1).key]
 
 
 async def test_a_store_that_is_gone_stops_nothing_but_deleting(

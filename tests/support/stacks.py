@@ -78,7 +78,7 @@ class Served:
             while app.pool.blocks.evict_one():
                 pass
         for worker in self.stack.prefill_apps:
-            for key in worker.holdings.store.keys():
+            for key in sorted(worker.holdings.store.keys()):
                 worker.holdings.store.ram.delete_now(key)
 
     async def until_idle(self, seconds: float = 5.0) -> None:

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 
 from prefill_worker.tiers.block import StoredBlock
+from prefill_worker.tiers.block_file import BlockHead
 from prefill_worker.tiers.ledger import Ledger
 from prefill_worker.tiers.meter import TierMeter
 from shared.errors import DrystoneError, Reason
@@ -92,6 +93,16 @@ class FakeTier:
             return None
         self.ledger.used(key)
         return block
+
+    async def head(self, key: bytes) -> BlockHead | None:
+        await self._turn()
+        if self.broken:
+            raise DrystoneError(Reason.BLOCK_UNAVAILABLE, "it is broken")
+        block = self.blocks.get(key)
+        if block is None:
+            return None
+        self.ledger.belongs(key, block.tenant)
+        return BlockHead(key, block.token_ids, block.tenant, block.birth)
 
     async def write(self, block: StoredBlock, *, pinned: bool) -> bool:
         self.writes += 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -381,8 +383,93 @@ async def test_books_of_all_tiers_are_told_by_key(opened: Open) -> None:
     parts.store.put(tiny_block(1))
     await parts.settle(1)
     await parts.object.write(tiny_block(2), pinned=False)
-    told = {key: [source for source, _ in parts.store.entries_of(key)] for key in parts.store.keys()}
+    told = {key: [source for source, _ in parts.store.entries_of(key)] for key in sorted(parts.store.keys())}
     assert told == {key_of(1): [RAM, DISK, OBJECT], key_of(2): [OBJECT]}
+
+
+async def test_what_one_queue_dropped_is_kept_from_where_it_still_waits(opened: Open) -> None:
+    parts = await opened(ram=1, queue=4)
+    async with shut(parts.disk, parts.object):
+        for number in (1, 2):
+            parts.store.put(tiny_block(number))
+        parts.object.gate.set()
+        await parts.store._behind[1].settled(key_of(2))
+        parts.store.put(tiny_block(3))
+        assert [behind.peek(key_of(3)) is None for behind in parts.store._behind] == [True, False]
+        parts.object.gate.clear()
+        parts.store.put(tiny_block(4))
+        assert parts.ram.peek(key_of(3)) is None
+        keeping = asyncio.create_task(parts.store.kept(key_of(3)))
+        await turns()
+    assert await keeping == (DISK, OBJECT)
+
+
+async def test_what_only_the_object_store_has_is_kept_on_disk_too(opened: Open) -> None:
+    parts = await opened(ram=0)
+    await parts.object.write(tiny_block(1), pinned=False)
+    parts.object.paying = False
+    assert await parts.store.kept(key_of(1)) == (OBJECT,), "reading would be slower than encoding"
+    parts.object.paying = True
+    assert await parts.store.kept(key_of(1)) == (DISK, OBJECT)
+    assert await parts.store.kept(key_of(1)) == (DISK, OBJECT)
+    assert parts.object.reads == 1
+
+
+async def test_a_block_deleted_while_it_waits_for_room_is_not_written(opened: Open) -> None:
+    parts = await opened(ram=9, queue=2)
+    block = tiny_block(2)
+    async with shut(parts.disk, parts.object):
+        parts.store.put(tiny_block(1))
+        await turns()
+        keeping = asyncio.create_task(parts.store.kept(block.key, block))
+        await turns()
+        deleting = asyncio.create_task(parts.store.delete(block.key))
+        await turns()
+    await deleting
+    assert await keeping == ()
+    assert block.key not in parts.disk.blocks
+    assert block.key not in parts.object.blocks
+    assert not parts.store._deleting
+
+
+async def test_a_block_that_was_forgotten_is_let_go_of_at_once(opened: Open) -> None:
+    parts = await opened(ram=9)
+    async with shut(parts.disk, parts.object):
+        for number in (1, 2):
+            parts.store.put(tiny_block(number))
+        await turns()
+        block = tiny_block(3)
+        forgotten = weakref.ref(block.data)
+        parts.store.put(block)
+        del block
+        deleting = asyncio.create_task(parts.store.delete(key_of(3)))
+        await turns()
+        gc.collect()
+        assert forgotten() is None
+    await deleting
+
+
+async def test_writers_hold_no_block_while_they_wait(opened: Open) -> None:
+    parts = await opened(ram=1)
+    block = tiny_block(1)
+    gone = weakref.ref(block.data)
+    parts.store.put(block)
+    del block
+    await parts.settle(1)
+    await parts.store.delete(key_of(1))
+    await turns()
+    gc.collect()
+    assert gone() is None
+
+
+async def test_a_head_is_looked_for_below_a_tier_that_cannot_be_read(opened: Open) -> None:
+    parts = await opened()
+    await parts.object.write(tiny_block(1), pinned=False)
+    parts.disk.broken = True
+    head = await parts.store.head(key_of(1))
+    assert head is not None
+    with pytest.raises(DrystoneError):
+        await parts.store.head(key_of(2))
 
 
 async def test_pending_writes_end_within_the_grace() -> None:
