@@ -191,13 +191,26 @@ async def test_deleted_blocks_are_gone_from_every_tier_and_worker(served: Served
     assert failure.reason == Reason.UNKNOWN_BLOCK_KEY
 
 
-async def test_pinned_blocks_survive_eviction_and_unpinned_ones_do_not(served: Served) -> None:
-    keys = [key for document in ended(await warm(served, pin=True)) for key in document.block_keys]
-    assert all(block.pinned for block in await blocks(served, block_keys=keys))
-    selector = v1.BlockSelector(block_keys=keys)
-    changed = await served.raw.PinBlocks(v1.PinBlocksRequest(selector=selector, unpin=True), timeout=30)
-    assert changed.blocks_changed == len(keys)
-    assert not any(block.pinned for block in await blocks(served, block_keys=keys))
+async def test_pinned_blocks_survive_eviction_and_unpinned_ones_do_not(tiny_folder: MakeFolder, tmp_path: Path) -> None:
+    room = {"ram_bytes": 150_000, "disk_bytes": 150_000, "sweep_seconds": 0.05}
+    others = [f"Stone number {number} of the wall." for number in range(30)]
+    async with serving(tiny_folder(), store=tmp_path, prefill_settings=room) as served:
+        [app] = served.stack.prefill_apps
+        held = {
+            key
+            for document in ended(await warm(served, documents=documents(TEXTS[:2]), pin=True))
+            for key in document.block_keys
+        }
+        await warm(served, documents=documents(others))
+        assert app.holdings.store.lower[0].meter.evictions > 0
+        assert held <= files(tmp_path)
+        assert {block.block_key for block in await blocks(served) if block.pinned} == held
+        selector = v1.BlockSelector(block_keys=sorted(held))
+        changed = await served.raw.PinBlocks(v1.PinBlocksRequest(selector=selector, unpin=True), timeout=30)
+        assert changed.blocks_changed == len(held)
+        for _ in range(3):
+            await warm(served, documents=documents([f"{text} Again {_}." for text in others]))
+        assert held.isdisjoint(files(tmp_path))
 
 
 async def test_a_key_outlives_its_kv_and_its_worker(tiny_folder: MakeFolder) -> None:

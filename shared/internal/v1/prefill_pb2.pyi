@@ -90,7 +90,7 @@ class EncodeBlocksRequest(_message.Message):
     model_fingerprint: _builtins.bytes
     """Fingerprint that keys were made with, 32 bytes; another one is refused."""
     ttl_seconds: _builtins.int
-    """Seconds the records live. Absent: the worker's default."""
+    """Seconds the records live, and their KV with them. Absent: until they are deleted."""
     tenant_salt: _builtins.bytes
     """Salt that block keys were made with; empty where tenants share. The worker makes every key anew and refuses
     one that is not of its tokens.

@@ -434,7 +434,7 @@ class WarmRequest(_message.Message):
     model: _builtins.str
     """Model name or alias. Empty: the gateway's only model."""
     ttl_seconds: _builtins.int
-    """Seconds the records live. Absent: the server's default."""
+    """Seconds the records live, and their KV with them. Absent: until they are deleted."""
     pin: _builtins.bool
     """Keep the blocks from eviction."""
     tenant: _builtins.str
