@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,23 +11,18 @@ from typing import TYPE_CHECKING
 from prefill_worker.tiers.aside import Aside
 from prefill_worker.tiers.block import StoredBlock
 from prefill_worker.tiers.block_file import (
-    BadBlockFileError,
     BlockHead,
     FileIdentity,
-    decode_file,
-    decode_head,
-    head_bytes,
-    tokens_of,
 )
 from prefill_worker.tiers.breaker import Breaker
-from prefill_worker.tiers.ledger import UNKNOWN_TENANT, Entry, Ledger
+from prefill_worker.tiers.ledger import Ledger
 from prefill_worker.tiers.locations import FolderLock, Patience
 from prefill_worker.tiers.meter import TierMeter
 from prefill_worker.tiers.object_files import ObjectError, ObjectFiles
 from prefill_worker.tiers.object_names import BLOCKS, SUFFIX, ObjectNames
+from prefill_worker.tiers.object_reader import ObjectReader
 from prefill_worker.tiers.object_writer import ObjectWriter
 from prefill_worker.tiers.pace import Pace
-from prefill_worker.tiers.shared_time import SharedTime
 from prefill_worker.tiers.shelf import Shelf
 from prefill_worker.tiers.survey import survey
 from shared import logs
@@ -105,14 +99,14 @@ class ObjectTier:
         self._refresh_seconds = refresh_seconds
         self._clock = clock
         self._next_listing = 0.0
-        self._reading = Breaker(name, "reading", clock)
-        self._reads = SharedTime()
+        reading = Breaker(name, "reading", clock)
+        self._reader = ObjectReader(self._shelf, identity, pace, reading, self._own_folder)
         self._writer = ObjectWriter(self._shelf, identity, Breaker(name, "writing", clock))
 
     @property
     def resting(self) -> bool:
         """The store has failed too often and is left alone for a while."""
-        return self._reading.resting
+        return self._reader.breaker.resting
 
     @property
     def off(self) -> bool:
@@ -144,94 +138,23 @@ class ObjectTier:
 
     async def holds(self, key: bytes) -> bool:
         """By the books; a shared store is asked for what is not on them, unless it rests."""
-        if key in self.ledger:
-            return key not in self._shelf.unwritten
-        if not self._shared or key in self._shelf.buried or not self._reading.allows():
-            return False
-        try:
-            size = await self._files.size(self._names.block(key))
-        except ObjectError as error:
-            self._failed_to_read(error)
-            return False
-        self._reading.succeeded()
-        tokens = None if size is None else tokens_of(size, self._identity)
-        if size is None or tokens is None:
-            return False
-        await self._shelf.enter(key, tokens, size, UNKNOWN_TENANT)
-        return True
+        return await self._reader.holds(key)
 
     def pays(self, tokens: int) -> bool:
         """Whether reading beats encoding, as measured; while it does not, one read now and then is let through."""
         return self.pace.pays(tokens)
 
     async def read(self, key: bytes) -> StoredBlock | None:
-        """A block, verified on a thread, over the bytes as they were read. A bad file is put aside and counted."""
-        entry = self.ledger.get(key)
-        absent = key in self._shelf.buried if self._shared else entry is None or key in self._shelf.unwritten
-        if absent:
-            self.meter.misses += 1
-        if absent or not self._reading.allows():
-            return None
-        begun, share = time.perf_counter(), self._reads.begin()
-        try:
-            data = await self._files.get(self._names.block(key))
-            block = None if data is None else await asyncio.to_thread(self._decode, data, key)
-        except ObjectError as error:
-            self._failed_to_read(error)
-            return None
-        except BadBlockFileError as error:
-            self._reading.succeeded()
-            await self._put_aside(key, entry, error)
-            return None
-        finally:
-            share = self._reads.end(share)
-        self._reading.succeeded()
-        if data is None or block is None:
-            self.meter.misses += 1
-            if key not in self._shelf.unwritten:
-                self._shelf.strike_off(key, entry)
-            return None
-        self.pace.measured(block.bytes, share)
-        self._read_well(block, time.perf_counter() - begun)
-        await self._know_better(block, data.nbytes)
-        return block
+        """A block, verified. A bad file is put aside and counted."""
+        return await self._reader.read(key)
 
     async def head(self, key: bytes) -> BlockHead | None:
-        """A block's tokens and tenant, verified; a bad file is put aside.
+        """A block's tokens and tenant, verified. A bad file is put aside and counted.
 
         Raises:
             DrystoneError: BLOCK_UNAVAILABLE: it may be there, and the store does not say.
         """
-        entry = self.ledger.get(key)
-        if (entry is None and not self._shared) or key in self._shelf.buried or key in self._shelf.unwritten:
-            return None
-        if not self._reading.allows():
-            raise _unavailable(f"{self.name} has failed too often and is left alone for a while")
-        try:
-            size = entry.bytes if entry is not None else await self._files.size(self._names.block(key))
-            tokens = None if size is None else tokens_of(size, self._identity)
-            length = 0 if tokens is None else head_bytes(tokens, self._identity)
-            data = await self._files.beginning(self._names.block(key), length) if length else None
-        except ObjectError as error:
-            self._failed_to_read(error)
-            raise _unavailable(f"{self.name}: block {key.hex()} could not be looked at: {error}") from error
-        self._reading.succeeded()
-        if size is None or tokens is None or data is None:
-            return None
-        try:
-            head = decode_head(data, size, key, self._identity)
-        except BadBlockFileError as error:
-            await self._put_aside(key, entry, error)
-            return None
-        if entry is None:
-            await self._shelf.enter(key, tokens, size, head.tenant)
-        self.ledger.belongs(key, head.tenant)
-        return head
-
-    async def _put_aside(self, key: bytes, entry: Entry | None, error: BadBlockFileError) -> None:
-        size = entry.bytes if entry is not None else 0
-        self._shelf.strike_off(key, entry)
-        await self._shelf.put_aside(key, size, error.reason)
+        return await self._reader.head(key)
 
     async def write(self, block: StoredBlock, *, pinned: bool) -> bool:
         """Makes room, then writes the block whole or not at all."""
@@ -267,7 +190,7 @@ class ObjectTier:
         self.meter.expirations += len(expired)
         await self._shelf.discard(expired)
         await self._shelf.remove_late()
-        if self._shared and self._clock() >= self._next_listing and self._reading.allows():
+        if self._shared and self._clock() >= self._next_listing and self._reader.breaker.allows():
             await self._refresh()
 
     async def _refresh(self) -> None:
@@ -275,45 +198,15 @@ class ObjectTier:
         try:
             found = await survey(self._files, self._names, self._identity, everything=not self._shared)
         except ObjectError as error:
-            self._failed_to_read(error)
+            self._reader.failed(error)
             return
-        self._reading.succeeded()
+        self._reader.breaker.succeeded()
         self._next_listing = self._clock() + self._refresh_seconds
         await self._shelf.learn(found, known)
 
-    def _decode(self, data: memoryview, key: bytes) -> StoredBlock:
-        block = decode_file(data, key, self._identity)
-        if self._own_folder is not None:
-            try:
-                os.utime(self._own_folder / self._names.block(key))
-            except OSError as error:
-                # Removed meanwhile, or a disk that takes no writes: the block is good all the same.
-                _log.debug("last_use_not_noted", key=key.hex(), error=str(error))
-        return block
-
-    def _read_well(self, block: StoredBlock, seconds: float) -> None:
-        self.meter.hits += 1
-        self.meter.read_bytes += block.bytes
-        self.meter.on_read(seconds)
-        self.ledger.used(block.key)
-
-    async def _know_better(self, block: StoredBlock, size: int) -> None:
-        """What a listing could not say, or what others have written since."""
-        entry = self.ledger.get(block.key)
-        if (entry is None and self._shared) or (entry is not None and entry.tenant != block.tenant):
-            await self._shelf.enter(block.key, len(block.token_ids), size, block.tenant)
-
-    def _failed_to_read(self, error: ObjectError) -> None:
-        self.meter.failures += 1
-        self._reading.failed(error)
-
     def _insist_on_own_folder(self) -> None:
-        if self._own_folder is not None and self._reading.failing:
+        if self._own_folder is not None and self._reader.breaker.failing:
             raise OSError(f"{self.name}: {self._own_folder} cannot be listed; the log says why")
-
-
-def _unavailable(message: str) -> DrystoneError:
-    return DrystoneError(Reason.BLOCK_UNAVAILABLE, message, retry_after_ms=1000)
 
 
 def _remove_leftovers(folder: Path) -> None:
