@@ -131,7 +131,7 @@ async def test_memory_in_a_step_is_held_until_the_step_returns(model: ServedMode
             go.wait(10.0)
             return step(entries)
 
-        run.runner.run = held  # type: ignore[method-assign]
+        run.runner.run = held  # type: ignore[method-assign] # stands in for the real one
         request, sink = run.submit(question=range(3, 80))
         await until(began.is_set)
         run.engine.cancel(request)
@@ -149,11 +149,11 @@ async def test_memory_in_a_step_is_held_until_the_step_returns(model: ServedMode
 async def test_a_step_that_fails_ends_its_requests_alone(model: ServedModel) -> None:
     async with driven(model) as run:
         step = run.runner.run
-        run.runner.run = lambda _: 1 / 0  # type: ignore[method-assign,assignment]
+        run.runner.run = lambda _: 1 / 0  # type: ignore[method-assign,assignment] # stands in for the real one
         first, sink = run.submit()
         await run.ended(first)
         assert sink[-1].failed.reason == Reason.INTERNAL
-        run.runner.run = step  # type: ignore[method-assign]
+        run.runner.run = step  # type: ignore[method-assign] # stands in for the real one
         second, sink = run.submit()
         await run.ended(second)
         assert sink.kinds()[-1] == "ended"

@@ -175,7 +175,7 @@ async def test_no_more_samples_run_than_there_are_places_and_small_ones_pass_for
             most = max(most, run.engine.lifecycle.samples)
             return step(entries)
 
-        run.runner.run = counted  # type: ignore[method-assign]
+        run.runner.run = counted  # type: ignore[method-assign] # stands in for the real one
         asked = [run.submit(n=n, max_new_tokens=20)[0] for n in (2, 3, 1, 2, 3, 1)]
         await run.ended(*asked)
         assert most == 3

@@ -32,7 +32,7 @@ def message(model: ServedModel, **changes: Any) -> Open:
         "request_id": "r",
         "blocks": [BlockRef(key=model.key_space().key(ids), token_ids=ids, store=True)],
         "question_token_ids": [8, 9],
-        "sampling": SamplingParams(**SAMPLING),  # type: ignore[arg-type]
+        "sampling": SamplingParams(**SAMPLING),  # type: ignore[arg-type] # of the right kind, or wrong on purpose
         "n": 1,
         "model_fingerprint": model.fingerprint,
         **changes,

@@ -28,7 +28,7 @@ def fill(served: Served) -> None:
         raise DrystoneError(Reason.ENCODE_QUEUE_FULL, "5 blocks wait to be encoded; limit 5", retry_after_ms=1234)
 
     for app in served.stack.prefill_apps:
-        app.encoder.request = full  # type: ignore[assignment, method-assign]
+        app.encoder.request = full  # type: ignore[assignment, method-assign] # stands in for the real one
 
 
 async def test_full_queues_everywhere_are_the_clients_to_wait_for(tiny_folder: MakeFolder) -> None:

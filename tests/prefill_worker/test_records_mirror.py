@@ -96,7 +96,7 @@ class Switch:
             self.calls += 1
             if not self.on:
                 raise ConnectionResetError("the store is gone")
-            return await real(*args, **kwargs)  # type: ignore[misc]
+            return await real(*args, **kwargs)  # type: ignore[misc] # passed on as it came
 
         return call
 
@@ -380,7 +380,7 @@ async def test_a_late_write_does_not_bring_a_deleted_record_back(
     async def slow(*args: object) -> object:
         begun.set()
         await go.wait()
-        return await real(*args)  # type: ignore[arg-type]
+        return await real(*args)  # type: ignore[arg-type] # of the right kind, or wrong on purpose
 
     monkeypatch.setattr(obstore, "put_async", slow)
     async with worker(folder) as records:
@@ -401,7 +401,7 @@ async def test_a_late_read_does_not_bring_a_deleted_record_back(
     real, begun, go = obstore.get_async, asyncio.Event(), asyncio.Event()
 
     async def slow(*args: object) -> object:
-        found = await real(*args)  # type: ignore[arg-type]
+        found = await real(*args)  # type: ignore[arg-type] # of the right kind, or wrong on purpose
         if not begun.is_set():
             begun.set()
             await go.wait()

@@ -88,7 +88,7 @@ FILTERS = (
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_draws_follow_the_distribution(logits: torch.Tensor, filters: dict[str, float]) -> None:
     draws = 4000
-    probabilities = expected(logits, **filters)  # type: ignore[arg-type]
+    probabilities = expected(logits, **filters)  # type: ignore[arg-type] # of the right kind, or wrong on purpose
     seen = counts(logits, params(**filters), draws)
     assert not seen[probabilities == 0].any(), "a token was drawn that the filters had taken out"
     kept = probabilities > 0

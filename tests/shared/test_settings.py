@@ -112,7 +112,7 @@ def test_every_setting_is_described_and_frozen(settings: type[ProcessSettings]) 
         assert field.description.endswith("."), name
     made = settings()
     with pytest.raises(ValueError, match="frozen"):
-        made.port = 5  # type: ignore[misc]
+        made.port = 5  # type: ignore[misc] # passed on as it came
 
 
 @pytest.mark.parametrize("settings", [DecodeSettings, PrefillSettings, GatewaySettings])

@@ -96,7 +96,7 @@ def make_planner() -> MakePlanner:
             tokenizer,
             context_tokens=context_tokens,
             limits=limits or PromptLimits(),
-            defaults=TemplateDefaults(**defaults),  # type: ignore[arg-type]
+            defaults=TemplateDefaults(**defaults),  # type: ignore[arg-type] # of the right kind, or wrong on purpose
         )
 
     return make

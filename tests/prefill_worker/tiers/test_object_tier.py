@@ -30,7 +30,7 @@ from tests.support.object_parts import (
 
 
 async def opened(folder: Path, **options: object) -> ObjectTier:
-    tier = make_tier(folder, **options)  # type: ignore[arg-type]
+    tier = make_tier(folder, **options)  # type: ignore[arg-type] # of the right kind, or wrong on purpose
     await tier.open()
     return tier
 
