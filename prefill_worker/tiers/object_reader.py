@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Callable
@@ -28,6 +29,10 @@ from shared import logs
 from shared.errors import DrystoneError, Reason
 
 _log = logs.get("tiers")
+
+# So long the books of a shared store are believed without asking it.
+_SURE_SECONDS = 60.0
+_MOST_SEEN = 65_536
 
 
 class ObjectReader:
@@ -58,25 +63,41 @@ class ObjectReader:
         self._own_folder = own_folder
         self._clock = clock
         self._under_way = SharedTime(clock)
+        # When the store was listed, and when it was asked for a key since.
+        self._listed_at = -math.inf
+        self._seen: dict[bytes, float] = {}
 
     async def holds(self, key: bytes) -> bool:
-        """By the books; a shared store is asked for what is not on them, unless it rests."""
+        """By the books; a shared store is asked for what they do not know, or have not seen for a while.
+
+        While it fails or rests, the books are what there is.
+        """
         shelf = self._shelf
-        if key in shelf.ledger:
-            return key not in shelf.unwritten
-        if not shelf.shared or key in shelf.buried or not self.breaker.allows():
-            return False
+        entry = shelf.ledger.get(key)
+        booked = entry is not None and key not in shelf.unwritten
+        if not shelf.shared or key in shelf.unwritten or key in shelf.buried or self._is_sure(key, entry):
+            return booked
+        if not self.breaker.allows():
+            return booked
         try:
             size = await shelf.files.size(shelf.names.block(key))
         except ObjectError as error:
             self.failed(error)
-            return False
+            return booked
         self.breaker.succeeded()
         tokens = None if size is None else tokens_of(size, self._identity)
         if size is None or tokens is None:
-            return False
-        await shelf.enter(key, tokens, size, UNKNOWN_TENANT)
+            self._is_gone(key, entry)
+            return key in shelf.ledger and key not in shelf.unwritten
+        if entry is None:
+            await shelf.enter(key, tokens, size, UNKNOWN_TENANT)
+        self._saw(key)
         return True
+
+    def listed(self) -> None:
+        """The books are as the store is."""
+        self._listed_at = self._clock()
+        self._seen.clear()
 
     async def read(self, key: bytes) -> StoredBlock | None:
         """A block, verified on a thread, over the bytes as they were read; None when it is not there, or was bad."""
@@ -164,6 +185,16 @@ class ObjectReader:
         """A read has failed; after some of them the store is left alone for a while."""
         self._shelf.meter.failures += 1
         self.breaker.failed(error)
+
+    def _is_sure(self, key: bytes, entry: Entry | None) -> bool:
+        """Whether the books' word was the store's within the last minute: others may evict from a shared one."""
+        seen = max(self._listed_at, self._seen.get(key, self._listed_at))
+        return entry is not None and self._clock() - seen < _SURE_SECONDS
+
+    def _saw(self, key: bytes) -> None:
+        if len(self._seen) >= _MOST_SEEN:
+            self._seen.clear()
+        self._seen[key] = self._clock()
 
     def _is_gone(self, key: bytes, entry: Entry | None) -> None:
         if key not in self._shelf.unwritten:

@@ -203,6 +203,7 @@ class ObjectTier:
         self._reader.breaker.succeeded()
         self._next_listing = self._clock() + self._refresh_seconds
         await self._shelf.learn(found, known)
+        self._reader.listed()
 
     def _insist_on_own_folder(self) -> None:
         if self._own_folder is not None and self._reader.breaker.failing:

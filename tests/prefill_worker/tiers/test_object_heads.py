@@ -123,3 +123,19 @@ async def test_reads_at_once_are_not_taken_for_slow_ones(tmp_path: Path, monkeyp
     await asyncio.gather(*(tier.read(block.key) for _ in range(8)))
     assert len(told) == 8
     assert sum(told) == pytest.approx(0.8)
+
+
+async def test_the_books_of_a_shared_store_are_not_believed_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker evicts: within a minute it is noticed, and the block is written again."""
+    tier, block, file = await written(tmp_path, shared=True)
+    now = [tier._reader._clock()]
+    monkeypatch.setattr(tier._reader, "_clock", lambda: now[0])
+    assert await tier.holds(block.key)
+    file.unlink()
+    assert await tier.holds(block.key), "seen a moment ago"
+    now[0] += 61.0
+    assert not await tier.holds(block.key)
+    assert await tier.write(block, pinned=False)
+    assert file_of(tmp_path, block).exists()
