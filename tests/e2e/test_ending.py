@@ -118,9 +118,13 @@ async def test_a_deadline_while_generating(tight: Served) -> None:
 
 
 async def test_the_clients_own_deadline(tight: Served) -> None:
-    with pytest.raises(drystone.DeadlineExceededError) as caught:
-        await tight.client.generate(blocks=["alpha", "beta"], timeout=0.3, **LONG)
-    assert caught.value.reason == Reason.DEADLINE_EXCEEDED
+    # Both ends hold the same deadline: the server may end the answer just before the client gives the call up.
+    try:
+        answer = await tight.client.generate(blocks=["alpha", "beta"], timeout=0.3, **LONG)
+    except drystone.DeadlineExceededError as error:
+        assert error.reason == Reason.DEADLINE_EXCEEDED  # noqa: PT017 - one of the two ways to end
+    else:
+        assert answer.finish_reason == "deadline"
     await tight.until_idle(seconds=1.0)
 
 

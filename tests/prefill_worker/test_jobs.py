@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from prefill_worker.batch_queue import Urgency
 from prefill_worker.encoder import Encoder
+from prefill_worker.forward import Outcome
 from prefill_worker.holdings import Holdings
 from prefill_worker.jobs import Errand, Jobs
 from prefill_worker.records.records import Records
@@ -111,10 +114,19 @@ async def test_a_warmed_block_is_in_every_tier(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("parts", [{"ram": 0}, {"ram": 9}], indirect=True)
-async def test_a_block_deleted_while_it_is_encoded_is_nowhere(parts: Parts) -> None:
+async def test_a_block_deleted_while_it_is_encoded_is_nowhere(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, begun, encode = threading.Event(), threading.Event(), parts.encoder._forward.run
+
+    def held(jobs: Any) -> Outcome:
+        begun.set()
+        assert go.wait(10.0)
+        return encode(jobs)
+
+    monkeypatch.setattr(parts.encoder._forward, "run", held)
     warming = parts.warm(1)
-    await until(lambda: parts.encoder.queued == 1)
+    await until(begun.is_set)
     await parts.holdings.delete([parts.key(1)])
+    go.set()
     with pytest.raises(DrystoneError, match="deleted meanwhile") as raised:
         await warming
     assert raised.value.reason is Reason.BLOCK_UNAVAILABLE
