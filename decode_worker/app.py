@@ -21,7 +21,8 @@ from decode_worker.fused import FusedDecoder
 from decode_worker.observer import HISTOGRAMS, Observer
 from decode_worker.opening import Opener
 from decode_worker.pool import Pool
-from decode_worker.receiver import Receiver
+from decode_worker.receiving.listener import Folder, Listener
+from decode_worker.receiving.receiver import Receiver
 from decode_worker.runner import LogitTrace, Runner
 from decode_worker.sampling import Sampler
 from decode_worker.scheduler import StepBudget
@@ -107,10 +108,11 @@ class DecodeApp:
             self.pool.fetches,
             compatibility_of(self.model),
             self.model.geometry.shape,
-            view=lambda fetch: self.pool.arena.bytes_of(fetch.extent),
+            view=lambda landing: self.pool.arena.bytes_of(landing.extent),
             committed=lambda fetch, size: self.engine.committed(fetch, shipped_bytes=size),
+            budget_bytes=self._settings.kv_receive_bytes,
         )
-        self._endpoint.zmq_address = self.receiver.bind(self._settings.kv_host, self._settings.kv_port)
+        self._listen()
         opener = Opener(
             self.model,
             self._tokenizer,
@@ -139,9 +141,7 @@ class DecodeApp:
         ]
         self.server = RpcServer(self._settings, register, services)
         self._worker.address = await self.server.start()
-        self.tasks = [
-            asyncio.create_task(run) for run in (self.engine.run(), self.engine.watch_fetches(), self.receiver.run())
-        ]
+        self.tasks = [asyncio.create_task(run) for run in (self.engine.run(), self.engine.watch_fetches())]
         self._metrics.serve(self._settings.host, self._settings.metrics_port)
         await self.server.set_serving(serving=True)
         return {
@@ -150,6 +150,17 @@ class DecodeApp:
             "grpc_address": self.server.address,
             "kv_address": self._endpoint.zmq_address,
         }
+
+    def _listen(self) -> None:
+        """Takes KV over TCP, and over a Unix-domain socket from this host."""
+        settings, shape, context = self._settings, self.model.geometry.shape, self.receiver.context
+        remote = Listener(context, shape, f"tcp://{settings.kv_host}:{settings.kv_port}")
+        self._folder = Folder()
+        local = Listener(context, shape, self._folder.address)
+        for listener in (remote, local):
+            self.receiver.listen(listener)
+        self._endpoint.zmq_address, self._endpoint.ipc_address = remote.address, local.address
+        self.receiver.start()
 
     async def stop(self, grace_seconds: float) -> None:
         """Running requests may end within the grace; then everything is released."""
@@ -160,6 +171,7 @@ class DecodeApp:
                 await cancelled(task)
             self._metrics.close()
             self.receiver.close()
+            self._folder.close()
 
     def figures(self) -> Mapping[str, float]:
         """Figures for the status registry."""

@@ -127,7 +127,8 @@ class Engine:
             await asyncio.sleep(self._stall_seconds / 4)
             now = time.monotonic()
             for fetch in self.pool.fetches.all():
-                if not fetch.encoding and fetch not in self._local and now - fetch.moved_at > self._stall_seconds:
+                still = now - fetch.landing.moved_at > self._stall_seconds
+                if still and not fetch.encoding and fetch not in self._local:
                     self._log.warning("fetch_stalled", key=fetch.key.hex(), waiters=len(fetch.waiters))
                     fetch.waiters.append(fetch.waiters.pop(0))
                     self.lifecycle.drive_anew(fetch)

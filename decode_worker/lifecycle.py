@@ -190,7 +190,8 @@ class Lifecycle:
 
     def drive_anew(self, fetch: Fetch) -> None:
         """Has the first waiter's gateway ship a block, in a new epoch."""
-        fetch.restart()
+        if not fetch.restart():
+            return
         driver = fetch.waiters[0]
         driver.sink(messages.missing(driver, [fetch], self._pool.fetches, self._endpoint))
 

@@ -50,9 +50,8 @@ class LocalEncoding:
         return fetch in self._queue
 
     def add(self, fetch: Fetch) -> None:
-        """Queues a fetch; what is shipped for it from now on is of an older epoch."""
-        fetch.restart()
-        if fetch not in self._queue:
+        """Queues a fetch; what is shipped for it from now on is of an older epoch. One that is whole needs nothing."""
+        if fetch.restart() and fetch not in self._queue:
             self._queue.append(fetch)
 
     async def encode_one(self, on_thread: OnThread) -> bool:
@@ -61,7 +60,8 @@ class LocalEncoding:
             fetch = self._queue.popleft()
             if fetch not in self._pool.fetches.all():
                 continue
-            fetch.encoding = True
+            if not fetch.landing.seize():
+                continue  # it came from outside meanwhile
             extent = self._pool.arena.view(fetch.extent)
             began = time.monotonic()
             try:
@@ -70,7 +70,7 @@ class LocalEncoding:
                 self._failed(fetch, error)
                 return True
             finally:
-                fetch.encoding = False
+                fetch.landing.release()
             if fetch.waiters:
                 self._committed(fetch, (time.monotonic() - began) * 1e3)
             else:
@@ -80,7 +80,6 @@ class LocalEncoding:
 
     def _failed(self, fetch: Fetch, error: Exception) -> None:
         self._log.error("encode_failed", key=fetch.key.hex(), exc_info=error)
-        fetch.encoding = False
         for request in self._pool.give_up(fetch):
             wrong = DrystoneError(Reason.BLOCK_UNAVAILABLE, f"a block could not be encoded: {error}")
             self._lifecycle.fail(request, wrong)

@@ -105,7 +105,7 @@ class Pool:
         self, request: Request, missing: Sequence[BlockRef], match: Match, lead: list[Pin], *, may_move: bool
     ) -> list[Fetch] | None:
         """Takes extents for missing blocks, the longest first, and the tails; nothing when one cannot be had."""
-        room = Room(self.arena, self.blocks, may_move=may_move)
+        room = Room(self.arena, self.blocks, may_move=may_move, still=self.fetches.held_still)
         by_length = sorted(missing, key=lambda ref: len(ref.token_ids), reverse=True)
         extents = {bytes(ref.key): room.take(len(ref.token_ids)) for ref in by_length}
         chains: list[list[Extent]] = [

@@ -10,6 +10,7 @@ from functools import cached_property
 
 from decode_worker.arena import Extent
 from decode_worker.blocks import Pin
+from decode_worker.landing import Landing
 from decode_worker.sample import Sample
 from decode_worker.step import Placement
 from drystone.v1.generation_pb2 import Priority
@@ -131,31 +132,37 @@ class Fetch:
     Attributes:
         store: Keep the block after its users; a deletion on the way takes it back.
         tenant: Whose request opened it.
-        birth_id: Birth offered in this epoch; empty before the offer.
-        taken: Chunks verified in this epoch.
-        moved_at: `time.monotonic()` of the last chunk taken, or of the last drive.
-        encoding: True while the engine thread writes the extent; it is not freed or moved until that ends.
+        landing: What the receiving thread knows of it.
     """
 
-    key: bytes
+    landing: Landing
     token_ids: Sequence[int]
-    extent: Extent
     reservation_id: int
     store: bool
     tenant: str = ""
-    epoch: int = 1
     waiters: list[Request] = field(default_factory=list)
-    birth_id: bytes = b""
-    taken: set[int] = field(default_factory=set)
-    received_bytes: int = 0
-    encoding: bool = False
     reserved_at: float = field(default_factory=time.monotonic)
-    moved_at: float = field(default_factory=time.monotonic)
 
-    def restart(self) -> None:
-        """Begins a new epoch: nothing that was taken before counts."""
-        self.epoch += 1
-        self.birth_id = b""
-        self.taken.clear()
-        self.received_bytes = 0
-        self.moved_at = time.monotonic()
+    @property
+    def key(self) -> bytes:
+        """Of the block, 32 bytes."""
+        return self.landing.key
+
+    @property
+    def extent(self) -> Extent:
+        """Where the block goes."""
+        return self.landing.extent
+
+    @property
+    def epoch(self) -> int:
+        """Rises each time it is driven anew."""
+        return self.landing.epoch
+
+    @property
+    def encoding(self) -> bool:
+        """True while the engine thread writes the extent; it is not freed or moved until that ends."""
+        return self.landing.local
+
+    def restart(self) -> bool:
+        """Begins a new epoch; False for what is whole already, whose commit is near."""
+        return self.landing.restart()

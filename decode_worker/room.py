@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 from decode_worker.arena import Arena, Extent
 from decode_worker.blocks import BlockTable
 
@@ -14,12 +17,16 @@ class Room:
         blocks: Idle ones are evicted when bytes do not suffice.
         may_move: Nobody reads or writes KV now: extents may be moved when bytes suffice but no run does. Without it
             nothing is evicted either: it might be in vain, and the wait is for one step.
+        still: Keeps chunks from landing while extents are moved.
     """
 
-    def __init__(self, arena: Arena, blocks: BlockTable, *, may_move: bool) -> None:
+    def __init__(
+        self, arena: Arena, blocks: BlockTable, *, may_move: bool, still: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         self._arena = arena
         self._blocks = blocks
         self._may_move = may_move
+        self._still = still
         self._taken: list[Extent] = []
         self.short = False
 
@@ -42,8 +49,12 @@ class Room:
         while (extent := self._arena.allocate(tokens, high=high)) is None:
             if self._arena.free_records >= self._arena.shape.extent_records(tokens):
                 # Moving bytes costs less than encoding them anew.
-                if not (self._may_move and self._arena.make_room(tokens)):
+                if not (self._may_move and self._moved(tokens)):
                     return None
             elif not (self._may_move and self._blocks.evict_one()):
                 return None
         return extent
+
+    def _moved(self, tokens: int) -> bool:
+        with self._still():
+            return self._arena.make_room(tokens)

@@ -28,6 +28,9 @@ class DecodeSettings(WorkerSettings):
     )
     kv_host: str = Field("127.0.0.1", description="Address that KV is received on, as prefill workers reach it.")
     kv_port: int = Field(0, ge=0, le=65535, description="Port that KV is received on; 0 takes a free one.")
+    kv_receive_bytes: int = Field(
+        256 << 20, ge=4 << 20, description="Bytes of KV that all prefill workers together may have on the way to it."
+    )
     max_waiting: int = Field(256, ge=0, description="Requests that may wait for room before others are refused.")
     attention: Literal["auto", "flash", "native", "varlen", "triton"] = Field(
         "auto", description="Backend of the decode step's attention; auto takes the fastest that this machine can run."

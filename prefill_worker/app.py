@@ -18,8 +18,8 @@ from prefill_worker.jobs import Jobs
 from prefill_worker.opening import Opening, Places
 from prefill_worker.service import PrefillService
 from prefill_worker.settings import PrefillSettings
-from prefill_worker.shipper import Shipper
 from prefill_worker.tiers.block import StoredBlock
+from prefill_worker.transfer.shipper import Shipper
 from shared import logs
 from shared.engine import served_model
 from shared.engine.native import builder

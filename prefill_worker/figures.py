@@ -5,9 +5,9 @@ from __future__ import annotations
 from prefill_worker.batch_queue import Urgency
 from prefill_worker.encoder import Encoder
 from prefill_worker.holdings import Holdings
-from prefill_worker.shipper import Shipper
 from prefill_worker.tiers.object_tier import ObjectTier
 from prefill_worker.tiers.tier import Tier
+from prefill_worker.transfer.shipper import Shipper
 
 # Bytes of a tier without a budget of its own.
 _UNBOUNDED = 0

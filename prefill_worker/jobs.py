@@ -21,9 +21,9 @@ from prefill_worker.encoder import Encoder
 from prefill_worker.encoding import Encoding
 from prefill_worker.holdings import Holdings
 from prefill_worker.records.record import BlockRecord
-from prefill_worker.shipper import Shipper
 from prefill_worker.tiers.block import StoredBlock
 from prefill_worker.tiers.deletions import Watch
+from prefill_worker.transfer.shipper import Shipper
 from shared.errors import DrystoneError, Reason
 from shared.internal.v1 import prefill_pb2 as pb
 from shared.internal.v1.common_pb2 import BlockRef, KvEndpoint, ShipSource

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from shared.kv.birth import Birth
@@ -26,7 +27,37 @@ class StoredBlock:
     birth: Birth
     tenant: str = ""
 
+    # What is shipped (prefill_worker/transfer/source.py): whole from the beginning.
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the block."""
+        return self.birth.tokens
+
+    @property
+    def birth_id(self) -> bytes:
+        """16 bytes."""
+        return self.birth.birth_id
+
+    @property
+    def failure(self) -> None:
+        """Nothing is missing."""
+        return
+
+    def checksum(self, index: int) -> int:
+        """Of chunk `index`."""
+        return self.birth.checksums[index]
+
+    def subscribe(self, wake: Callable[[], None]) -> Callable[[], None]:
+        """Nothing will change."""
+        del wake
+        return _nothing
+
     @property
     def bytes(self) -> int:
         """Bytes of the extent."""
         return self.data.nbytes
+
+
+def _nothing() -> None:
+    """Ends a subscription that never was."""

@@ -7,6 +7,7 @@ shape alone: sender and receiver compute the same one and nothing about it is ta
 
 from __future__ import annotations
 
+import functools
 import secrets
 import struct
 from collections.abc import Iterator
@@ -32,9 +33,13 @@ class ChunkRange:
     length: int
 
 
-def chunk_plan(shape: KvShape, tokens: int, chunk_bytes: int = CHUNK_BYTES) -> list[ChunkRange]:
-    """Cuts an extent of `tokens` tokens into chunks of at most `chunk_bytes` bytes (at least one record each)."""
-    return [ChunkRange(index, *piece) for index, piece in enumerate(_pieces(shape, tokens, max(chunk_bytes, 1)))]
+@functools.lru_cache(maxsize=256)
+def chunk_plan(shape: KvShape, tokens: int, chunk_bytes: int = CHUNK_BYTES) -> tuple[ChunkRange, ...]:
+    """Cuts an extent of `tokens` tokens into chunks of at most `chunk_bytes` bytes (at least one record each).
+
+    A function of its arguments alone, looked up for every chunk that is sent or taken: kept.
+    """
+    return tuple(ChunkRange(index, *piece) for index, piece in enumerate(_pieces(shape, tokens, max(chunk_bytes, 1))))
 
 
 def _pieces(shape: KvShape, tokens: int, chunk_bytes: int) -> Iterator[tuple[int, int, int, int]]:
@@ -51,11 +56,9 @@ def _pieces(shape: KvShape, tokens: int, chunk_bytes: int) -> Iterator[tuple[int
             yield layer, 1, layer * layer_bytes + start, min(part, layer_bytes - start)
 
 
-def chunk_checksum(
-    key: bytes, birth_id: bytes, shape: KvShape, tokens: int, chunk: ChunkRange, data: memoryview
-) -> int:
-    """xxh3-64 over the identity of a chunk and its bytes; unsigned."""
-    identity = struct.pack(
+def chunk_identity(key: bytes, birth_id: bytes, shape: KvShape, tokens: int, chunk: ChunkRange) -> bytes:
+    """What a chunk's checksum covers before its bytes: which bytes of which encoding they are."""
+    return struct.pack(
         "<32s16sIIIIIIIQQ8s",
         key,
         birth_id,
@@ -70,7 +73,13 @@ def chunk_checksum(
         chunk.length,
         shape.dtype.encode(),
     )
-    digest = xxhash.xxh3_64(identity)
+
+
+def chunk_checksum(
+    key: bytes, birth_id: bytes, shape: KvShape, tokens: int, chunk: ChunkRange, data: memoryview
+) -> int:
+    """xxh3-64 over the identity of a chunk and its bytes; unsigned."""
+    digest = xxhash.xxh3_64(chunk_identity(key, birth_id, shape, tokens, chunk))
     digest.update(data)
     return digest.intdigest()
 

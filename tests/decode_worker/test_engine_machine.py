@@ -145,12 +145,14 @@ class Play:
     def begin_to_encode_here(self) -> None:
         fetch = self.draw.choice(self.arriving())
         fetch.restart()
-        fetch.encoding = self.engine._thread_busy = True
+        assert fetch.landing.seize()
+        self.engine._thread_busy = True
         self.encoding.append(fetch)
 
     def end_to_encode_here(self) -> None:
         fetch = self.encoding.pop()
-        fetch.encoding = self.engine._thread_busy = False
+        fetch.landing.release()
+        self.engine._thread_busy = False
         self.pool.arena.view(fetch.extent).fill_(1000 + fetch.key[0])
         if fetch.waiters:
             self.engine.committed(fetch, encode_ms=1.0)

@@ -235,10 +235,11 @@ def test_the_next_waiter_inherits_the_fetch_with_a_new_epoch() -> None:
     driver, [fetch] = admitted(pool, 1)
     waiter, _ = admitted(pool, 1)
     stale = pool.fetches.reservation(fetch)
-    fetch.birth_id, fetch.taken, fetch.received_bytes = b"b" * 16, {0}, 10
+    landing = fetch.landing
+    landing.birth_id, landing.taken, landing.received_bytes = b"b" * 16, {0}, 10
     assert finish(pool, driver) == [fetch]
     fetch.restart()
-    assert (fetch.waiters, fetch.birth_id, fetch.taken, fetch.received_bytes) == ([waiter], b"", set(), 0)
+    assert (fetch.waiters, landing.birth_id, landing.taken, landing.received_bytes) == ([waiter], b"", set(), 0)
     assert pool.fetches.find(stale) == RefusalReason.REFUSAL_REASON_STALE_EPOCH
     assert pool.fetches.find(pool.fetches.reservation(fetch)) is fetch
     assert finish(pool, waiter) == []
@@ -259,11 +260,11 @@ def test_a_waiter_that_does_not_drive_leaves_quietly() -> None:
 def test_an_extent_that_is_being_written_outlives_its_waiters() -> None:
     pool = make_pool(200)
     request, [fetch] = admitted(pool, 1)
-    fetch.encoding = True
+    assert fetch.landing.seize()
     assert finish(pool, request) == []
     assert len(pool.fetches) == 1
     pool.check_integrity([])
-    fetch.encoding = False
+    fetch.landing.release()
     pool.give_up(fetch)
     assert_idle(pool)
 

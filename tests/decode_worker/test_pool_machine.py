@@ -65,7 +65,7 @@ class PoolMachine(RuleBasedStateMachine):
     def begin_to_encode_here(self, data: st.DataObject) -> None:
         fetch = data.draw(st.sampled_from(self.arriving()))
         fetch.restart()
-        fetch.encoding = True
+        assert fetch.landing.seize()
         self.encoding.append(fetch)
 
     @precondition(lambda self: self.encoding)
@@ -73,7 +73,7 @@ class PoolMachine(RuleBasedStateMachine):
     def end_to_encode_here(self, data: st.DataObject) -> None:
         fetch = data.draw(st.sampled_from(self.encoding))
         self.encoding.remove(fetch)
-        fetch.encoding = False
+        fetch.landing.release()
         self.pool.arena.view(fetch.extent).fill_(fetch.key[0] + 1)
         if not fetch.waiters:
             self.pool.give_up(fetch)
@@ -127,7 +127,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.pool.leave(request)
             request.release()
         for fetch in self.encoding:
-            fetch.encoding = False
+            fetch.landing.release()
             self.pool.give_up(fetch)
         assert_all_free_after_eviction(self.pool)
 

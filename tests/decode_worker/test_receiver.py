@@ -11,6 +11,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
+from decode_worker.receiving.pairs import PAIR_WINDOW_BYTES
 from decode_worker.request import Request
 from prefill_worker.tiers.block import StoredBlock
 from shared.internal.v1 import transfer_pb2 as pb
@@ -103,7 +104,7 @@ async def refusal(peer: Peer, block: StoredBlock, reservation: Reservation, **ch
     data, message = chunk(block, reservation, **changed)
     answer = await peer.ask(data, chunk=message)
     assert answer.HasField("chunk_result")
-    assert answer.chunk_result.credit_bytes == message.length
+    assert answer.chunk_result.credit_limit == PAIR_WINDOW_BYTES
     return pb.RefusalReason.Name(answer.chunk_result.refusal).removeprefix("REFUSAL_REASON_")
 
 
@@ -127,7 +128,7 @@ async def offered(wire: Wire, peer: Peer, block: StoredBlock) -> AsyncIterator[R
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("protocol_version", 2),
+        ("protocol_version", 99),
         ("model_fingerprint", b"x" * 32),
         ("dtype", "bfloat16"),
         ("layout_version", 9),
@@ -170,7 +171,9 @@ async def test_a_whole_block_by_hand(wire: Wire, peer: Peer, block: StoredBlock,
     data, message = chunk(block, reservation, index=1)
     assert (await peer.ask(data, chunk=message)).committed.transfer_id == 1
     assert wire.resident_bytes(block) == bytes(block.data)
-    assert await refusal(peer, block, reservation, index=1) == "UNKNOWN_RESERVATION"
+    assert (await peer.ask(data, chunk=message)).committed.already
+    assert (await peer.ask(offer=offer(block, reservation))).committed.already
+    assert await refusal(peer, block, reservation, index=1, birth_id=b"b" * 16) == "UNKNOWN_RESERVATION"
 
 
 async def test_what_is_not_for_this_reservation(wire: Wire, peer: Peer, block: StoredBlock, offered: Request) -> None:
@@ -227,14 +230,48 @@ async def test_a_new_birth_starts_again(wire: Wire, peer: Peer, block: StoredBlo
     assert (await peer.ask(data, chunk=message)).HasField("committed")
 
 
+async def test_a_late_offer_of_an_earlier_birth_changes_nothing(
+    wire: Wire, peer: Peer, block: StoredBlock, offered: Request
+) -> None:
+    reservation, reborn = wire.reservation(offered), make_block(1)
+    await peer.send(seal(pb.TransferHeader(offer=offer(reborn, reservation))))
+    assert await refusal(peer, reborn, reservation, index=0) == "UNSPECIFIED"
+    answer = await peer.ask(offer=offer(block, reservation))
+    assert answer.refused.reason == pb.RefusalReason.REFUSAL_REASON_BIRTH
+    assert await refusal(peer, reborn, reservation, index=0) == "REPEATED"
+
+
+async def test_a_chunk_that_nobody_offered(wire: Wire, peer: Peer, block: StoredBlock) -> None:
+    request = wire.expect(block)
+    await peer.greet()
+    assert await refusal(peer, block, wire.reservation(request)) == "NO_OFFER"
+    wire.end(request)
+
+
+async def test_more_than_the_credit_is_refused_until_it_is_accounted_for(
+    wire: Wire, peer: Peer, block: StoredBlock, offered: Request
+) -> None:
+    reservation = wire.reservation(offered)
+    data, message = chunk(block, reservation, sent_bytes=PAIR_WINDOW_BYTES + 1)
+    answer = (await peer.ask(data, chunk=message)).chunk_result
+    assert answer.refusal == pb.RefusalReason.REFUSAL_REASON_CREDIT
+    assert answer.credit_limit == PAIR_WINDOW_BYTES
+    message.sent_bytes = PAIR_WINDOW_BYTES
+    answer = (await peer.ask(data, chunk=message)).chunk_result
+    assert (answer.refusal, answer.credit_limit) == (0, 2 * PAIR_WINDOW_BYTES)
+    assert (
+        await peer.ask(ping=pb.Ping(nonce=1, sent_bytes=PAIR_WINDOW_BYTES))
+    ).pong.credit_limit == answer.credit_limit
+
+
 async def test_chunks_while_the_engine_writes_the_extent_are_kept_out(
     wire: Wire, peer: Peer, block: StoredBlock, offered: Request
 ) -> None:
     reservation = wire.reservation(offered)
     [fetch] = offered.fetches
-    fetch.encoding = True
+    assert fetch.landing.seize()
     assert await refusal(peer, block, reservation) == "STALE_EPOCH"
-    fetch.encoding = False
+    fetch.landing.release()
     assert await refusal(peer, block, reservation) == "UNSPECIFIED"
 
 

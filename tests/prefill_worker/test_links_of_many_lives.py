@@ -8,14 +8,14 @@ import pytest
 
 from prefill_worker.batch_queue import Urgency
 from prefill_worker.encoder import Encoder
-from prefill_worker.link import LinkBrokenError
-from prefill_worker.shipper import Shipper
+from prefill_worker.transfer.shipper import Shipper
 from shared.engine.served_model import ServedModel
+from shared.errors import DrystoneError
 from shared.internal.v1.common_pb2 import KvEndpoint, Reservation, WorkerIdentity
 from shared.runtime import cancelled
 from tests.support.fake_workers import compatibility
 from tests.support.stacks import until
-from tests.support.wire import SENDER, SHAPE
+from tests.support.wire import SENDER, SHAPE, make_block
 
 ODD = ["", "inproc://x", "ipc:///tmp/x", "tcp://", "tcp://host:notaport", "tcp://[::", "x" * 9000]
 
@@ -24,8 +24,8 @@ ODD = ["", "inproc://x", "ipc:///tmp/x", "tcp://", "tcp://host:notaport", "tcp:/
 async def test_an_odd_address_fails_its_transfer_and_the_shipper_still_closes(address: str) -> None:
     shipper = Shipper(SENDER, compatibility(), SHAPE, 0.2)
     reservation = Reservation(worker=WorkerIdentity(worker_id="d", incarnation=1), reservation_id=1, epoch=1)
-    with pytest.raises(LinkBrokenError):
-        await shipper.ship(None, reservation, KvEndpoint(zmq_address=address))  # type: ignore[arg-type]
+    with pytest.raises(DrystoneError):
+        await shipper.ship(make_block(1), reservation, KvEndpoint(zmq_address=address))
     async with asyncio.timeout(5):
         await shipper.close()
 

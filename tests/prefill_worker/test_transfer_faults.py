@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from prefill_worker.link import LinkBrokenError
+from prefill_worker.transfer.errors import LinkBrokenError
 from shared.errors import DrystoneError, Reason
 from shared.internal.v1.transfer_pb2 import TransferHeader
 from tests.support.decode_parts import assert_all_free_after_eviction
@@ -37,8 +37,8 @@ async def assert_ships(wire: Wire, number: int = 1) -> int:
     assert wire.resident_bytes(block) == bytes(block.data)
     wire.end(request)
     [link] = wire.links()
-    assert link._transfers == {}
-    assert link._credit == 16 << 20
+    await until(lambda: link.idle)
+    assert link.outstanding_bytes == 0
     assert_all_free_after_eviction(wire.pool)
     return shipped.chunks_resent
 
@@ -120,41 +120,55 @@ async def test_a_chunk_that_never_arrives_whole_is_given_up() -> None:
         assert wire.relay.pairs == 1, "the link was sound"
 
 
-@pytest.mark.parametrize("kind", ["offer", "chunk", "chunk_result", "committed"])
-async def test_a_lost_message_ends_the_transfer_in_time_and_the_next_one_gets_a_new_link(kind: str) -> None:
-    async with wired(seconds=0.3) as wire:
-        lost = once(lambda _: [], kind=kind, skip=0)
-        wire.relay.there = wire.relay.back = lost
-        block = make_block(1)
+@pytest.mark.parametrize(
+    ("kind", "resent"),
+    [
+        ("hello", 0),
+        ("welcome", 0),
+        ("offer", CHUNKS),  # every chunk that follows it is refused
+        ("chunk", 1),
+        ("chunk_result", 0),  # the extent is whole before it is missed
+        ("committed", 1),
+        ("ping", 1),
+        ("pong", 1),
+    ],
+)
+async def test_a_lost_message_is_noticed_and_sent_again(kind: str, resent: int) -> None:
+    async with wired() as wire:
+        wire.relay.there = wire.relay.back = once(lambda _: [], kind=kind, skip=0)
+        if kind in ("ping", "pong"):  # asked only where something else is missing
+            lost = wire.relay.there
+            missing = once(lambda _: [], kind="chunk", skip=0)
+            wire.relay.there = lambda header, frames: [
+                one for kept in missing(header, frames) for one in lost(header, kept)
+            ]
+        assert await assert_ships(wire) == resent
+        assert len(wire.committed) == 1
+        assert wire.relay.pairs == 1
+
+
+@pytest.mark.parametrize(("kind", "resent"), [("hello", 0), ("offer", CHUNKS), ("chunk", 1)])
+async def test_a_header_that_cannot_be_read_is_sent_again(kind: str, resent: int) -> None:
+    async with wired() as wire:
+        wire.relay.there = once(lambda frames: [[flipped(frames[0], 77), *frames[1:]]], kind=kind, skip=0)
+        assert await assert_ships(wire) == resent
+        assert wire.receiver.refused["MALFORMED"] == 1
+
+
+async def test_a_dead_wire_ends_the_transfer_in_time_and_the_next_one_gets_a_new_link() -> None:
+    async with wired(seconds=0.5) as wire:
+        await assert_ships(wire)
+        wire.relay.there = lambda _, __: []
+        block = make_block(2)
         request = wire.expect(block)
         began = time.monotonic()
-        try:
+        with pytest.raises(LinkBrokenError, match=r"no progress of a transfer within 0\.5 s"):
             await wire.ship(block, wire.reservation(request))
-        except DrystoneError as error:
-            assert error.reason is Reason.TRANSFER_FAILED  # noqa: PT017 - a lost answer to a chunk may not matter
-            if isinstance(error, LinkBrokenError):
-                assert wire.shipper._links == {}
-        else:
-            assert kind == "chunk_result"
-        assert time.monotonic() - began < 2.0
-        assert bool(wire.committed) is (kind in ("committed", "chunk_result"))
+        assert time.monotonic() - began < 3.0
         wire.end(request)
-        assert_all_free_after_eviction(wire.pool)
-        wire.relay.there = wire.relay.back = untouched
-        await assert_ships(wire, 2)
-
-
-@pytest.mark.parametrize("kind", ["hello", "offer", "chunk"])
-async def test_a_header_that_cannot_be_read_ends_the_transfer_and_the_next_one_succeeds(kind: str) -> None:
-    async with wired(seconds=0.5) as wire:
-        wire.relay.there = once(lambda frames: [[flipped(frames[0], 77), *frames[1:]]], kind=kind, skip=0)
-        block = make_block(1)
-        request = wire.expect(block)
-        with pytest.raises(DrystoneError) as caught:
-            await wire.ship(block, wire.reservation(request))
-        assert caught.value.reason is Reason.TRANSFER_FAILED
-        wire.end(request)
-        await assert_ships(wire)
+        wire.relay.there = untouched
+        await assert_ships(wire, 3)
+        assert wire.relay.pairs == 2
 
 
 async def test_an_answer_that_cannot_be_read_is_passed_over() -> None:
@@ -163,27 +177,55 @@ async def test_an_answer_that_cannot_be_read_is_passed_over() -> None:
         assert await assert_ships(wire) == 0
 
 
-async def test_a_greeting_that_is_answered_with_noise_does_not_spoil_the_next() -> None:
-    async with wired(seconds=0.5) as wire:
+async def test_a_greeting_that_is_answered_with_noise_is_said_again() -> None:
+    async with wired() as wire:
         wire.relay.back = once(lambda _: [[b"noise"]], kind="welcome", skip=0)
+        assert await assert_ships(wire) == 0
+
+
+async def test_a_greeting_that_is_always_answered_with_noise_is_given_up_and_says_so() -> None:
+    async with wired(seconds=0.5) as wire:
+        wire.relay.back = lambda _, __: [[b"noise"]]
         block = make_block(1)
         request = wire.expect(block)
-        with pytest.raises(DrystoneError, match="another protocol"):
+        with pytest.raises(LinkBrokenError, match="what came could not be read"):
             await wire.ship(block, wire.reservation(request))
         wire.end(request)
+        wire.relay.back = untouched
         await assert_ships(wire)
 
 
-async def test_a_connection_made_anew_is_noticed_at_once() -> None:
-    async with wired(seconds=8.0) as wire:
+async def test_a_connection_made_anew_greets_again_and_goes_on() -> None:
+    async with wired() as wire:
         await assert_ships(wire)
         await wire.relay.reconnect()
+        assert await assert_ships(wire, 2) == CHUNKS
+        [link] = wire.links()
+        assert link.greetings_total == 2
+        assert await assert_ships(wire, 3) == 0
+
+
+async def test_a_connection_made_anew_midway_keeps_what_was_verified() -> None:
+    async with wired() as wire:
+        await assert_ships(wire)
+        passed = []
+
+        def half(header: TransferHeader | None, frames: Frames) -> list[Frames]:
+            if header is not None and header.HasField("chunk"):
+                passed.append(header.chunk.chunk_index)
+                return [frames] if len(passed) <= CHUNKS // 2 else []
+            return [frames]
+
+        wire.relay.there = half
         block = make_block(2)
         request = wire.expect(block)
-        began = time.monotonic()
-        with pytest.raises(DrystoneError, match="NO_HELLO"):
-            await wire.ship(block, wire.reservation(request))
-        assert time.monotonic() - began < 2.0
+        shipping = asyncio.create_task(wire.ship(block, wire.reservation(request)))
+        [fetch] = request.fetches
+        await until(lambda: len(passed) >= CHUNKS and len(fetch.landing.taken) == CHUNKS // 2)
+        await wire.relay.reconnect()
+        wire.relay.there = untouched
+        await shipping
+        assert wire.resident_bytes(block) == bytes(block.data)
         wire.end(request)
         await assert_ships(wire, 3)
 
@@ -200,13 +242,14 @@ async def test_a_ship_cancelled_midway_gives_its_credit_back() -> None:
         shipping = asyncio.create_task(wire.ship(block, wire.reservation(request)))
         await until(lambda: len(held) == CHUNKS)
         [link] = wire.links()
-        assert link._credit == (16 << 20) - SHAPE.extent_bytes(TOKENS)
+        assert link.outstanding_bytes == SHAPE.extent_bytes(TOKENS)
         shipping.cancel()
         with pytest.raises(asyncio.CancelledError):
             await shipping
         wire.end(request)
         wire.relay.there = untouched
         await assert_ships(wire, 3)
+        assert len(wire.links()) == 1
 
 
 async def test_all_transfers_of_a_link_that_breaks_end_with_a_reason() -> None:

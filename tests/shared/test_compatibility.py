@@ -15,7 +15,7 @@ from tests.support.fake_workers import compatibility
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 OTHER = {
-    "protocol_version": 2,
+    "protocol_version": 99,
     "model_fingerprint": b"n" * 32,
     "dtype": "bfloat16",
     "layout_version": 2,

@@ -43,7 +43,7 @@ def test_chunks_tile_the_extent(shape: KvShape, tokens: int, chunk_bytes: int) -
 
 
 def test_small_layers_travel_together_and_large_ones_in_parts() -> None:
-    assert chunk_plan(SHAPE, 10, 1 << 20) == [ChunkRange(0, 0, 3, 0, SHAPE.extent_bytes(10))]
+    assert chunk_plan(SHAPE, 10, 1 << 20) == (ChunkRange(0, 0, 3, 0, SHAPE.extent_bytes(10)),)
     record = SHAPE.record_bytes
     assert [(c.first_layer, c.length // record) for c in chunk_plan(SHAPE, 10, 4 * record)] == [
         *[(0, 4), (0, 4), (0, 2)],

@@ -20,7 +20,7 @@ DECODE, PREFILL = ProcessRole.PROCESS_ROLE_DECODE, ProcessRole.PROCESS_ROLE_PREF
 def compatibility(**fields: object) -> Compatibility:
     """A compatibility with some fields set otherwise."""
     values = {
-        "protocol_version": 1,
+        "protocol_version": 2,
         "model_fingerprint": b"m" * 32,
         "dtype": "float32",
         "layout_version": 1,

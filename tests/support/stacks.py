@@ -91,9 +91,7 @@ class Served:
         for worker in self.stack.prefill_apps:
             if self.stopped(worker):
                 continue
-            for opening in worker.shipper._links.values():
-                link = opening.result()
-                assert link._transfers == {}
+            await until(lambda: all(link.idle for link in worker.shipper.links()), seconds)  # noqa: B023 - awaited here
 
     def _busy(self) -> list[str]:
         """What is still under way, in words."""

@@ -11,11 +11,13 @@ import zmq
 import zmq.asyncio
 
 from decode_worker.pool import Pool
-from decode_worker.receiver import Receiver
+from decode_worker.receiving.listener import Listener
+from decode_worker.receiving.receiver import Receiver
 from decode_worker.request import Fetch, Request
-from prefill_worker.link import Link, Shipped
-from prefill_worker.shipper import Shipper
 from prefill_worker.tiers.block import StoredBlock
+from prefill_worker.transfer.link import Link
+from prefill_worker.transfer.outgoing import Shipped
+from prefill_worker.transfer.shipper import Shipper
 from shared.internal.v1.common_pb2 import BlockRef, Compatibility, KvEndpoint, Reservation, WorkerIdentity
 from shared.internal.v1.transfer_pb2 import TransferHeader
 from shared.kv.birth import make_birth
@@ -122,13 +124,15 @@ class Wire:
             self.pool.fetches,
             receiver_is,
             SHAPE,
-            view=lambda fetch: self.pool.arena.bytes_of(fetch.extent),
+            view=lambda landing: self.pool.arena.bytes_of(landing.extent),
             committed=self._commit,
         )
-        self.direct = self.receiver.bind("127.0.0.1", 0)
+        listener = Listener(self.receiver.context, SHAPE, "tcp://127.0.0.1:0")
+        self.receiver.listen(listener)
+        self.direct = listener.address
         self.relay = Relay(self.direct)
         self.shipper = Shipper(SENDER, sender_is, SHAPE, timeout)
-        self.running = asyncio.create_task(self.receiver.run())
+        self.receiver.start()
 
     def _commit(self, fetch: Fetch, size: int) -> None:
         assert size == SHAPE.extent_bytes(len(fetch.token_ids))
@@ -159,13 +163,12 @@ class Wire:
         return self.pool.arena.bytes_of(found.extent).numpy().tobytes()
 
     def links(self) -> list[Link]:
-        return [opening.result() for opening in self.shipper._links.values()]
+        return self.shipper.links()
 
     async def close(self) -> None:
         await self.shipper.close()
         await self.relay.close()
-        assert not self.running.done(), "the receiver's loop ended"
-        await cancelled(self.running)
+        assert self.receiver._reactor.defects_total == self.shipper._reactor.defects_total == 0
         self.receiver.close()
 
 

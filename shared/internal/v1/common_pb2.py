@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!drystone/internal/v1/common.proto\x12\x14\x64rystone.internal.v1\"8\n\x0eWorkerIdentity\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\"\xb4\x01\n\rCompatibility\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\x0c\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x16\n\x0elayout_version\x18\x04 \x01(\r\x12\x13\n\x0brope_regime\x18\x05 \x01(\x0c\x12\x0e\n\x06layers\x18\x06 \x01(\r\x12\x10\n\x08kv_heads\x18\x07 \x01(\r\x12\x10\n\x08head_dim\x18\x08 \x01(\r\"9\n\x08\x42lockRef\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05store\x18\x03 \x01(\x08\"y\n\x0bReservation\x12\x34\n\x06worker\x18\x01 \x01(\x0b\x32$.drystone.internal.v1.WorkerIdentity\x12\x16\n\x0ereservation_id\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"\x8a\x01\n\nKvEndpoint\x12\x13\n\x0bzmq_address\x18\x01 \x01(\t\x12\x18\n\x10\x63urve_public_key\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x18\n\x0b\x63uda_device\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x15\n\rprocess_group\x18\x05 \x01(\x08\x42\x0e\n\x0c_cuda_device\"g\n\x0c\x42lockFailure\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x11\n\tretryable\x18\x04 \x01(\x08\x12\x16\n\x0eretry_after_ms\x18\x05 \x01(\r*\xaa\x01\n\nShipSource\x12\x1b\n\x17SHIP_SOURCE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSHIP_SOURCE_RAM\x10\x01\x12\x14\n\x10SHIP_SOURCE_DISK\x10\x02\x12\x1c\n\x18SHIP_SOURCE_OBJECT_STORE\x10\x03\x12\x17\n\x13SHIP_SOURCE_ENCODED\x10\x04\x12\x1d\n\x19SHIP_SOURCE_SHARED_ENCODE\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!drystone/internal/v1/common.proto\x12\x14\x64rystone.internal.v1\"8\n\x0eWorkerIdentity\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\"\xb4\x01\n\rCompatibility\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\x0c\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x16\n\x0elayout_version\x18\x04 \x01(\r\x12\x13\n\x0brope_regime\x18\x05 \x01(\x0c\x12\x0e\n\x06layers\x18\x06 \x01(\r\x12\x10\n\x08kv_heads\x18\x07 \x01(\r\x12\x10\n\x08head_dim\x18\x08 \x01(\r\"9\n\x08\x42lockRef\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05store\x18\x03 \x01(\x08\"y\n\x0bReservation\x12\x34\n\x06worker\x18\x01 \x01(\x0b\x32$.drystone.internal.v1.WorkerIdentity\x12\x16\n\x0ereservation_id\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"\x9f\x01\n\nKvEndpoint\x12\x13\n\x0bzmq_address\x18\x01 \x01(\t\x12\x18\n\x10\x63urve_public_key\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x18\n\x0b\x63uda_device\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x15\n\rprocess_group\x18\x05 \x01(\x08\x12\x13\n\x0bipc_address\x18\x06 \x01(\tB\x0e\n\x0c_cuda_device\"g\n\x0c\x42lockFailure\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x11\n\tretryable\x18\x04 \x01(\x08\x12\x16\n\x0eretry_after_ms\x18\x05 \x01(\r*\xaa\x01\n\nShipSource\x12\x1b\n\x17SHIP_SOURCE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSHIP_SOURCE_RAM\x10\x01\x12\x14\n\x10SHIP_SOURCE_DISK\x10\x02\x12\x1c\n\x18SHIP_SOURCE_OBJECT_STORE\x10\x03\x12\x17\n\x13SHIP_SOURCE_ENCODED\x10\x04\x12\x1d\n\x19SHIP_SOURCE_SHARED_ENCODE\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shared.internal.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SHIPSOURCE']._serialized_start=729
-  _globals['_SHIPSOURCE']._serialized_end=899
+  _globals['_SHIPSOURCE']._serialized_start=750
+  _globals['_SHIPSOURCE']._serialized_end=920
   _globals['_WORKERIDENTITY']._serialized_start=59
   _globals['_WORKERIDENTITY']._serialized_end=115
   _globals['_COMPATIBILITY']._serialized_start=118
@@ -42,7 +42,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESERVATION']._serialized_start=359
   _globals['_RESERVATION']._serialized_end=480
   _globals['_KVENDPOINT']._serialized_start=483
-  _globals['_KVENDPOINT']._serialized_end=621
-  _globals['_BLOCKFAILURE']._serialized_start=623
-  _globals['_BLOCKFAILURE']._serialized_end=726
+  _globals['_KVENDPOINT']._serialized_end=642
+  _globals['_BLOCKFAILURE']._serialized_start=644
+  _globals['_BLOCKFAILURE']._serialized_end=747
 # @@protoc_insertion_point(module_scope)

@@ -214,6 +214,7 @@ class KvEndpoint(_message.Message):
     HOST_FIELD_NUMBER: _builtins.int
     CUDA_DEVICE_FIELD_NUMBER: _builtins.int
     PROCESS_GROUP_FIELD_NUMBER: _builtins.int
+    IPC_ADDRESS_FIELD_NUMBER: _builtins.int
     zmq_address: _builtins.str
     """ZeroMQ address of its ROUTER socket, such as "tcp://10.0.0.7:7701"."""
     curve_public_key: _builtins.str
@@ -224,6 +225,10 @@ class KvEndpoint(_message.Message):
     """Index of the GPU; absent on CPU workers."""
     process_group: _builtins.bool
     """True when NCCL (Gloo on CPU) groups may be made with it."""
+    ipc_address: _builtins.str
+    """Unix-domain address of its ROUTER socket, such as "ipc:///run/drystone/kv.sock"; empty for none. Never encrypted:
+    the folder that it lies in is its owner's alone.
+    """
     def __init__(
         self,
         *,
@@ -232,10 +237,11 @@ class KvEndpoint(_message.Message):
         host: _builtins.str = ...,
         cuda_device: _builtins.int | None = ...,
         process_group: _builtins.bool = ...,
+        ipc_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cuda_device", b"_cuda_device", "cuda_device", b"cuda_device"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cuda_device", b"_cuda_device", "cuda_device", b"cuda_device", "curve_public_key", b"curve_public_key", "host", b"host", "process_group", b"process_group", "zmq_address", b"zmq_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cuda_device", b"_cuda_device", "cuda_device", b"cuda_device", "curve_public_key", b"curve_public_key", "host", b"host", "ipc_address", b"ipc_address", "process_group", b"process_group", "zmq_address", b"zmq_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cuda_device: _TypeAlias = _typing.Literal["cuda_device"]  # noqa: Y015
     _WhichOneofArgType__cuda_device: _TypeAlias = _typing.Literal["_cuda_device", b"_cuda_device"]  # noqa: Y015

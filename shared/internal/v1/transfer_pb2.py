@@ -25,41 +25,41 @@ _sym_db = _symbol_database.Default()
 from shared.internal.v1 import common_pb2 as drystone_dot_internal_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#drystone/internal/v1/transfer.proto\x12\x14\x64rystone.internal.v1\x1a!drystone/internal/v1/common.proto\"3\n\x08\x45nvelope\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x17\n\x0fheader_checksum\x18\x02 \x01(\x06\"\xae\x04\n\x0eTransferHeader\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.drystone.internal.v1.HelloH\x00\x12\x30\n\x07welcome\x18\x02 \x01(\x0b\x32\x1d.drystone.internal.v1.WelcomeH\x00\x12,\n\x05offer\x18\x03 \x01(\x0b\x32\x1b.drystone.internal.v1.OfferH\x00\x12,\n\x05grant\x18\x04 \x01(\x0b\x32\x1b.drystone.internal.v1.GrantH\x00\x12,\n\x05\x63hunk\x18\x05 \x01(\x0b\x32\x1b.drystone.internal.v1.ChunkH\x00\x12\x39\n\x0c\x63hunk_result\x18\x06 \x01(\x0b\x32!.drystone.internal.v1.ChunkResultH\x00\x12\x34\n\tcommitted\x18\x07 \x01(\x0b\x32\x1f.drystone.internal.v1.CommittedH\x00\x12\x30\n\x07refused\x18\x08 \x01(\x0b\x32\x1d.drystone.internal.v1.RefusedH\x00\x12,\n\x05\x61\x62ort\x18\t \x01(\x0b\x32\x1b.drystone.internal.v1.AbortH\x00\x12*\n\x04ping\x18\n \x01(\x0b\x32\x1a.drystone.internal.v1.PingH\x00\x12*\n\x04pong\x18\x0b \x01(\x0b\x32\x1a.drystone.internal.v1.PongH\x00\x42\t\n\x07message\"\xce\x01\n\x05Hello\x12\x34\n\x06sender\x18\x01 \x01(\x0b\x32$.drystone.internal.v1.WorkerIdentity\x12\x36\n\x08receiver\x18\x02 \x01(\x0b\x32$.drystone.internal.v1.WorkerIdentity\x12:\n\rcompatibility\x18\x03 \x01(\x0b\x32#.drystone.internal.v1.Compatibility\x12\x1b\n\x13process_group_store\x18\x04 \x01(\t\"\x87\x01\n\x07Welcome\x12\x36\n\x08receiver\x18\x01 \x01(\x0b\x32$.drystone.internal.v1.WorkerIdentity\x12\x14\n\x0c\x63redit_bytes\x18\x02 \x01(\x04\x12\x17\n\x0fmax_chunk_bytes\x18\x03 \x01(\x04\x12\x15\n\rprocess_group\x18\x04 \x01(\x08\"h\n\x05\x42irth\x12\x10\n\x08\x62irth_id\x18\x01 \x01(\x0c\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x63hunk_count\x18\x04 \x01(\r\x12\x19\n\x11\x63hecksum_function\x18\x05 \x01(\t\"\x8d\x01\n\x05Offer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x36\n\x0breservation\x18\x02 \x01(\x0b\x32!.drystone.internal.v1.Reservation\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12*\n\x05\x62irth\x18\x04 \x01(\x0b\x32\x1b.drystone.internal.v1.Birth\"2\n\x05Grant\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x14\n\x0c\x63redit_bytes\x18\x02 \x01(\x04\"\xe4\x01\n\x05\x43hunk\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x36\n\x0breservation\x18\x02 \x01(\x0b\x32!.drystone.internal.v1.Reservation\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12\x10\n\x08\x62irth_id\x18\x04 \x01(\x0c\x12\x13\n\x0b\x63hunk_index\x18\x05 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x06 \x01(\r\x12\x13\n\x0blayer_count\x18\x07 \x01(\r\x12\x0e\n\x06offset\x18\x08 \x01(\x04\x12\x0e\n\x06length\x18\t \x01(\x04\x12\x10\n\x08\x63hecksum\x18\n \x01(\x06\"\x94\x01\n\x0b\x43hunkResult\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x63hunk_index\x18\x02 \x01(\r\x12\x34\n\x07refusal\x18\x03 \x01(\x0e\x32#.drystone.internal.v1.RefusalReason\x12\x14\n\x0c\x63redit_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07message\x18\x05 \x01(\t\":\n\tCommitted\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x18\n\x10\x61lready_resident\x18\x02 \x01(\x08\"s\n\x07Refused\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x33\n\x06reason\x18\x02 \x01(\x0e\x32#.drystone.internal.v1.RefusalReason\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\",\n\x05\x41\x62ort\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x15\n\x04Ping\x12\r\n\x05nonce\x18\x01 \x01(\x04\"\x15\n\x04Pong\x12\r\n\x05nonce\x18\x01 \x01(\x04*\x82\x03\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x1f\n\x1bREFUSAL_REASON_INCOMPATIBLE\x10\x01\x12$\n REFUSAL_REASON_STALE_INCARNATION\x10\x02\x12\x1e\n\x1aREFUSAL_REASON_STALE_EPOCH\x10\x03\x12&\n\"REFUSAL_REASON_UNKNOWN_RESERVATION\x10\x04\x12\x1b\n\x17REFUSAL_REASON_CHECKSUM\x10\x05\x12\x18\n\x14REFUSAL_REASON_SHAPE\x10\x06\x12\x18\n\x14REFUSAL_REASON_BIRTH\x10\x07\x12\x1b\n\x17REFUSAL_REASON_REPEATED\x10\x08\x12\x19\n\x15REFUSAL_REASON_CREDIT\x10\t\x12\x1c\n\x18REFUSAL_REASON_MALFORMED\x10\n\x12\x1b\n\x17REFUSAL_REASON_NO_HELLO\x10\x0b\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#drystone/internal/v1/transfer.proto\x12\x14\x64rystone.internal.v1\x1a!drystone/internal/v1/common.proto\"3\n\x08\x45nvelope\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x17\n\x0fheader_checksum\x18\x02 \x01(\x06\"\xae\x04\n\x0eTransferHeader\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.drystone.internal.v1.HelloH\x00\x12\x30\n\x07welcome\x18\x02 \x01(\x0b\x32\x1d.drystone.internal.v1.WelcomeH\x00\x12,\n\x05offer\x18\x03 \x01(\x0b\x32\x1b.drystone.internal.v1.OfferH\x00\x12,\n\x05grant\x18\x04 \x01(\x0b\x32\x1b.drystone.internal.v1.GrantH\x00\x12,\n\x05\x63hunk\x18\x05 \x01(\x0b\x32\x1b.drystone.internal.v1.ChunkH\x00\x12\x39\n\x0c\x63hunk_result\x18\x06 \x01(\x0b\x32!.drystone.internal.v1.ChunkResultH\x00\x12\x34\n\tcommitted\x18\x07 \x01(\x0b\x32\x1f.drystone.internal.v1.CommittedH\x00\x12\x30\n\x07refused\x18\x08 \x01(\x0b\x32\x1d.drystone.internal.v1.RefusedH\x00\x12,\n\x05\x61\x62ort\x18\t \x01(\x0b\x32\x1b.drystone.internal.v1.AbortH\x00\x12*\n\x04ping\x18\n \x01(\x0b\x32\x1a.drystone.internal.v1.PingH\x00\x12*\n\x04pong\x18\x0b \x01(\x0b\x32\x1a.drystone.internal.v1.PongH\x00\x42\t\n\x07message\"\xc2\x01\n\x05Hello\x12\x34\n\x06sender\x18\x01 \x01(\x0b\x32$.drystone.internal.v1.WorkerIdentity\x12\x36\n\x08receiver\x18\x02 \x01(\x0b\x32$.drystone.internal.v1.WorkerIdentity\x12:\n\rcompatibility\x18\x03 \x01(\x0b\x32#.drystone.internal.v1.Compatibility\x12\x0f\n\x07session\x18\x04 \x01(\x06\"\x81\x01\n\x07Welcome\x12\x36\n\x08receiver\x18\x01 \x01(\x0b\x32$.drystone.internal.v1.WorkerIdentity\x12\x14\n\x0c\x63redit_limit\x18\x02 \x01(\x04\x12\x17\n\x0fmax_chunk_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07session\x18\x04 \x01(\x06\"h\n\x05\x42irth\x12\x10\n\x08\x62irth_id\x18\x01 \x01(\x0c\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x63hunk_count\x18\x04 \x01(\r\x12\x19\n\x11\x63hecksum_function\x18\x05 \x01(\t\"\x8d\x01\n\x05Offer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x36\n\x0breservation\x18\x02 \x01(\x0b\x32!.drystone.internal.v1.Reservation\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12*\n\x05\x62irth\x18\x04 \x01(\x0b\x32\x1b.drystone.internal.v1.Birth\"\x1d\n\x05Grant\x12\x14\n\x0c\x63redit_limit\x18\x01 \x01(\x04\"\xf8\x01\n\x05\x43hunk\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x36\n\x0breservation\x18\x02 \x01(\x0b\x32!.drystone.internal.v1.Reservation\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12\x10\n\x08\x62irth_id\x18\x04 \x01(\x0c\x12\x13\n\x0b\x63hunk_index\x18\x05 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x06 \x01(\r\x12\x13\n\x0blayer_count\x18\x07 \x01(\r\x12\x0e\n\x06offset\x18\x08 \x01(\x04\x12\x0e\n\x06length\x18\t \x01(\x04\x12\x10\n\x08\x63hecksum\x18\n \x01(\x06\x12\x12\n\nsent_bytes\x18\x0b \x01(\x04\"\x94\x01\n\x0b\x43hunkResult\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x63hunk_index\x18\x02 \x01(\r\x12\x34\n\x07refusal\x18\x03 \x01(\x0e\x32#.drystone.internal.v1.RefusalReason\x12\x14\n\x0c\x63redit_limit\x18\x04 \x01(\x04\x12\x0f\n\x07message\x18\x05 \x01(\t\"G\n\tCommitted\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x61lready\x18\x02 \x01(\x08\x12\x14\n\x0c\x63redit_limit\x18\x03 \x01(\x04\"\x89\x01\n\x07Refused\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x33\n\x06reason\x18\x02 \x01(\x0e\x32#.drystone.internal.v1.RefusalReason\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x14\n\x0c\x63redit_limit\x18\x05 \x01(\x04\"v\n\x05\x41\x62ort\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x36\n\x0breservation\x18\x03 \x01(\x0b\x32!.drystone.internal.v1.Reservation\x12\x10\n\x08\x62irth_id\x18\x04 \x01(\x0c\")\n\x04Ping\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12\x12\n\nsent_bytes\x18\x02 \x01(\x04\"+\n\x04Pong\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12\x14\n\x0c\x63redit_limit\x18\x02 \x01(\x04*\x9f\x03\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x1f\n\x1bREFUSAL_REASON_INCOMPATIBLE\x10\x01\x12$\n REFUSAL_REASON_STALE_INCARNATION\x10\x02\x12\x1e\n\x1aREFUSAL_REASON_STALE_EPOCH\x10\x03\x12&\n\"REFUSAL_REASON_UNKNOWN_RESERVATION\x10\x04\x12\x1b\n\x17REFUSAL_REASON_CHECKSUM\x10\x05\x12\x18\n\x14REFUSAL_REASON_SHAPE\x10\x06\x12\x18\n\x14REFUSAL_REASON_BIRTH\x10\x07\x12\x1b\n\x17REFUSAL_REASON_REPEATED\x10\x08\x12\x19\n\x15REFUSAL_REASON_CREDIT\x10\t\x12\x1c\n\x18REFUSAL_REASON_MALFORMED\x10\n\x12\x1b\n\x17REFUSAL_REASON_NO_HELLO\x10\x0b\x12\x1b\n\x17REFUSAL_REASON_NO_OFFER\x10\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shared.internal.v1.transfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REFUSALREASON']._serialized_start=2011
-  _globals['_REFUSALREASON']._serialized_end=2397
+  _globals['_REFUSALREASON']._serialized_start=2144
+  _globals['_REFUSALREASON']._serialized_end=2559
   _globals['_ENVELOPE']._serialized_start=96
   _globals['_ENVELOPE']._serialized_end=147
   _globals['_TRANSFERHEADER']._serialized_start=150
   _globals['_TRANSFERHEADER']._serialized_end=708
   _globals['_HELLO']._serialized_start=711
-  _globals['_HELLO']._serialized_end=917
-  _globals['_WELCOME']._serialized_start=920
-  _globals['_WELCOME']._serialized_end=1055
-  _globals['_BIRTH']._serialized_start=1057
-  _globals['_BIRTH']._serialized_end=1161
-  _globals['_OFFER']._serialized_start=1164
-  _globals['_OFFER']._serialized_end=1305
-  _globals['_GRANT']._serialized_start=1307
-  _globals['_GRANT']._serialized_end=1357
-  _globals['_CHUNK']._serialized_start=1360
-  _globals['_CHUNK']._serialized_end=1588
-  _globals['_CHUNKRESULT']._serialized_start=1591
-  _globals['_CHUNKRESULT']._serialized_end=1739
-  _globals['_COMMITTED']._serialized_start=1741
-  _globals['_COMMITTED']._serialized_end=1799
-  _globals['_REFUSED']._serialized_start=1801
-  _globals['_REFUSED']._serialized_end=1916
-  _globals['_ABORT']._serialized_start=1918
-  _globals['_ABORT']._serialized_end=1962
-  _globals['_PING']._serialized_start=1964
-  _globals['_PING']._serialized_end=1985
-  _globals['_PONG']._serialized_start=1987
-  _globals['_PONG']._serialized_end=2008
+  _globals['_HELLO']._serialized_end=905
+  _globals['_WELCOME']._serialized_start=908
+  _globals['_WELCOME']._serialized_end=1037
+  _globals['_BIRTH']._serialized_start=1039
+  _globals['_BIRTH']._serialized_end=1143
+  _globals['_OFFER']._serialized_start=1146
+  _globals['_OFFER']._serialized_end=1287
+  _globals['_GRANT']._serialized_start=1289
+  _globals['_GRANT']._serialized_end=1318
+  _globals['_CHUNK']._serialized_start=1321
+  _globals['_CHUNK']._serialized_end=1569
+  _globals['_CHUNKRESULT']._serialized_start=1572
+  _globals['_CHUNKRESULT']._serialized_end=1720
+  _globals['_COMMITTED']._serialized_start=1722
+  _globals['_COMMITTED']._serialized_end=1793
+  _globals['_REFUSED']._serialized_start=1796
+  _globals['_REFUSED']._serialized_end=1933
+  _globals['_ABORT']._serialized_start=1935
+  _globals['_ABORT']._serialized_end=2053
+  _globals['_PING']._serialized_start=2055
+  _globals['_PING']._serialized_end=2096
+  _globals['_PONG']._serialized_start=2098
+  _globals['_PONG']._serialized_end=2141
 # @@protoc_insertion_point(module_scope)

@@ -46,7 +46,7 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     REFUSAL_REASON_SHAPE: _RefusalReason.ValueType  # 6
     """Length, offset, layers or count do not fit the reservation."""
     REFUSAL_REASON_BIRTH: _RefusalReason.ValueType  # 7
-    """Another birth than the one offered."""
+    """Another birth than the one that is being taken: another sender ships the block."""
     REFUSAL_REASON_REPEATED: _RefusalReason.ValueType  # 8
     """A chunk that was already taken."""
     REFUSAL_REASON_CREDIT: _RefusalReason.ValueType  # 9
@@ -55,6 +55,8 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     """A message that cannot be read."""
     REFUSAL_REASON_NO_HELLO: _RefusalReason.ValueType  # 11
     """No Hello has been welcomed on this pair."""
+    REFUSAL_REASON_NO_OFFER: _RefusalReason.ValueType  # 12
+    """No Offer of this extent has come: offer it again, then send the chunk again."""
 
 class RefusalReason(_RefusalReason, metaclass=_RefusalReasonEnumTypeWrapper):
     """Why something was refused."""
@@ -74,7 +76,7 @@ REFUSAL_REASON_CHECKSUM: RefusalReason.ValueType  # 5
 REFUSAL_REASON_SHAPE: RefusalReason.ValueType  # 6
 """Length, offset, layers or count do not fit the reservation."""
 REFUSAL_REASON_BIRTH: RefusalReason.ValueType  # 7
-"""Another birth than the one offered."""
+"""Another birth than the one that is being taken: another sender ships the block."""
 REFUSAL_REASON_REPEATED: RefusalReason.ValueType  # 8
 """A chunk that was already taken."""
 REFUSAL_REASON_CREDIT: RefusalReason.ValueType  # 9
@@ -83,6 +85,8 @@ REFUSAL_REASON_MALFORMED: RefusalReason.ValueType  # 10
 """A message that cannot be read."""
 REFUSAL_REASON_NO_HELLO: RefusalReason.ValueType  # 11
 """No Hello has been welcomed on this pair."""
+REFUSAL_REASON_NO_OFFER: RefusalReason.ValueType  # 12
+"""No Offer of this extent has come: offer it again, then send the chunk again."""
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 
 @_typing.final
@@ -142,7 +146,7 @@ class TransferHeader(_message.Message):
 
     @_builtins.property
     def grant(self) -> Global___Grant:
-        """Receiver to sender: bytes that may be outstanding."""
+        """Receiver to sender: more bytes may be sent."""
 
     @_builtins.property
     def chunk(self) -> Global___Chunk:
@@ -154,7 +158,7 @@ class TransferHeader(_message.Message):
 
     @_builtins.property
     def committed(self) -> Global___Committed:
-        """Receiver to sender: the extent is whole, verified and visible."""
+        """Receiver to sender: the extent is whole and verified."""
 
     @_builtins.property
     def refused(self) -> Global___Refused:
@@ -206,9 +210,9 @@ class Hello(_message.Message):
     SENDER_FIELD_NUMBER: _builtins.int
     RECEIVER_FIELD_NUMBER: _builtins.int
     COMPATIBILITY_FIELD_NUMBER: _builtins.int
-    PROCESS_GROUP_STORE_FIELD_NUMBER: _builtins.int
-    process_group_store: _builtins.str
-    """Two-rank group that the sender offers beside ZeroMQ; empty for none."""
+    SESSION_FIELD_NUMBER: _builtins.int
+    session: _builtins.int
+    """Number of this connection, drawn by the sender. A receiver that knows it already keeps its books."""
     @_builtins.property
     def sender(self) -> _common_pb2.WorkerIdentity:
         """Sender."""
@@ -227,11 +231,11 @@ class Hello(_message.Message):
         sender: _common_pb2.WorkerIdentity | None = ...,
         receiver: _common_pb2.WorkerIdentity | None = ...,
         compatibility: _common_pb2.Compatibility | None = ...,
-        process_group_store: _builtins.str = ...,
+        session: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["compatibility", b"compatibility", "receiver", b"receiver", "sender", b"sender"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compatibility", b"compatibility", "process_group_store", b"process_group_store", "receiver", b"receiver", "sender", b"sender"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compatibility", b"compatibility", "receiver", b"receiver", "sender", b"sender", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -244,15 +248,15 @@ class Welcome(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RECEIVER_FIELD_NUMBER: _builtins.int
-    CREDIT_BYTES_FIELD_NUMBER: _builtins.int
+    CREDIT_LIMIT_FIELD_NUMBER: _builtins.int
     MAX_CHUNK_BYTES_FIELD_NUMBER: _builtins.int
-    PROCESS_GROUP_FIELD_NUMBER: _builtins.int
-    credit_bytes: _builtins.int
-    """Bytes that may be outstanding over the whole pair."""
+    SESSION_FIELD_NUMBER: _builtins.int
+    credit_limit: _builtins.int
+    """How far the pair's count of sent bytes may go; counts begin at 0 with the session."""
     max_chunk_bytes: _builtins.int
     """Largest chunk taken, in bytes."""
-    process_group: _builtins.bool
-    """True when the offered group will be joined."""
+    session: _builtins.int
+    """Of the Hello that it answers."""
     @_builtins.property
     def receiver(self) -> _common_pb2.WorkerIdentity:
         """Receiver."""
@@ -261,13 +265,13 @@ class Welcome(_message.Message):
         self,
         *,
         receiver: _common_pb2.WorkerIdentity | None = ...,
-        credit_bytes: _builtins.int = ...,
+        credit_limit: _builtins.int = ...,
         max_chunk_bytes: _builtins.int = ...,
-        process_group: _builtins.bool = ...,
+        session: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["receiver", b"receiver"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_bytes", b"credit_bytes", "max_chunk_bytes", b"max_chunk_bytes", "process_group", b"process_group", "receiver", b"receiver"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_limit", b"credit_limit", "max_chunk_bytes", b"max_chunk_bytes", "receiver", b"receiver", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -351,25 +355,21 @@ Global___Offer: _TypeAlias = Offer  # noqa: Y015
 
 @_typing.final
 class Grant(_message.Message):
-    """Bytes that may be outstanding."""
+    """More bytes may be sent: the window of the pair grew, or what held it down is gone."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    TRANSFER_ID_FIELD_NUMBER: _builtins.int
-    CREDIT_BYTES_FIELD_NUMBER: _builtins.int
-    transfer_id: _builtins.int
-    """The transfer; 0 for the whole pair."""
-    credit_bytes: _builtins.int
-    """More bytes that may be sent."""
+    CREDIT_LIMIT_FIELD_NUMBER: _builtins.int
+    credit_limit: _builtins.int
+    """How far the pair's count of sent bytes may go. Limits only rise."""
     def __init__(
         self,
         *,
-        transfer_id: _builtins.int = ...,
-        credit_bytes: _builtins.int = ...,
+        credit_limit: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_bytes", b"credit_bytes", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_limit", b"credit_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -391,6 +391,7 @@ class Chunk(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     LENGTH_FIELD_NUMBER: _builtins.int
     CHECKSUM_FIELD_NUMBER: _builtins.int
+    SENT_BYTES_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     """The transfer."""
     key: _builtins.bytes
@@ -409,6 +410,8 @@ class Chunk(_message.Message):
     """Its bytes."""
     checksum: _builtins.int
     """Checksum made at birth over identity and bytes."""
+    sent_bytes: _builtins.int
+    """Bytes of chunks sent over the pair in this session, this one and those sent again among them."""
     @_builtins.property
     def reservation(self) -> _common_pb2.Reservation:
         """Where it goes."""
@@ -426,10 +429,11 @@ class Chunk(_message.Message):
         offset: _builtins.int = ...,
         length: _builtins.int = ...,
         checksum: _builtins.int = ...,
+        sent_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["reservation", b"reservation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["birth_id", b"birth_id", "checksum", b"checksum", "chunk_index", b"chunk_index", "first_layer", b"first_layer", "key", b"key", "layer_count", b"layer_count", "length", b"length", "offset", b"offset", "reservation", b"reservation", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["birth_id", b"birth_id", "checksum", b"checksum", "chunk_index", b"chunk_index", "first_layer", b"first_layer", "key", b"key", "layer_count", b"layer_count", "length", b"length", "offset", b"offset", "reservation", b"reservation", "sent_bytes", b"sent_bytes", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -444,7 +448,7 @@ class ChunkResult(_message.Message):
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
     CHUNK_INDEX_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
-    CREDIT_BYTES_FIELD_NUMBER: _builtins.int
+    CREDIT_LIMIT_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     """The transfer."""
@@ -452,8 +456,8 @@ class ChunkResult(_message.Message):
     """The chunk."""
     refusal: Global___RefusalReason.ValueType
     """Unspecified: taken. Else why not."""
-    credit_bytes: _builtins.int
-    """Credit given back, in bytes."""
+    credit_limit: _builtins.int
+    """How far the pair's count of sent bytes may go."""
     message: _builtins.str
     """What happened, in words."""
     def __init__(
@@ -462,12 +466,12 @@ class ChunkResult(_message.Message):
         transfer_id: _builtins.int = ...,
         chunk_index: _builtins.int = ...,
         refusal: Global___RefusalReason.ValueType = ...,
-        credit_bytes: _builtins.int = ...,
+        credit_limit: _builtins.int = ...,
         message: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_index", b"chunk_index", "credit_bytes", b"credit_bytes", "message", b"message", "refusal", b"refusal", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_index", b"chunk_index", "credit_limit", b"credit_limit", "message", b"message", "refusal", b"refusal", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -475,25 +479,29 @@ Global___ChunkResult: _TypeAlias = ChunkResult  # noqa: Y015
 
 @_typing.final
 class Committed(_message.Message):
-    """The extent is whole, verified and visible."""
+    """The extent is whole and verified. Who waits for it goes on at the worker's next turn."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
-    ALREADY_RESIDENT_FIELD_NUMBER: _builtins.int
+    ALREADY_FIELD_NUMBER: _builtins.int
+    CREDIT_LIMIT_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     """The transfer."""
-    already_resident: _builtins.bool
-    """True when the receiver already held the block and took no bytes."""
+    already: _builtins.bool
+    """True when it was whole before the message that this answers: that one came twice, or its answer was lost."""
+    credit_limit: _builtins.int
+    """How far the pair's count of sent bytes may go."""
     def __init__(
         self,
         *,
         transfer_id: _builtins.int = ...,
-        already_resident: _builtins.bool = ...,
+        already: _builtins.bool = ...,
+        credit_limit: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["already_resident", b"already_resident", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["already", b"already", "credit_limit", b"credit_limit", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -509,6 +517,7 @@ class Refused(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     FIELD_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    CREDIT_LIMIT_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     """The transfer; 0 when the whole pair is refused."""
     reason: Global___RefusalReason.ValueType
@@ -517,6 +526,8 @@ class Refused(_message.Message):
     """Field that differs, for INCOMPATIBLE."""
     message: _builtins.str
     """What happened, in words."""
+    credit_limit: _builtins.int
+    """How far the pair's count of sent bytes may go; 0 when the whole pair is refused."""
     def __init__(
         self,
         *,
@@ -524,10 +535,11 @@ class Refused(_message.Message):
         reason: Global___RefusalReason.ValueType = ...,
         field: _builtins.str = ...,
         message: _builtins.str = ...,
+        credit_limit: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "message", b"message", "reason", b"reason", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_limit", b"credit_limit", "field", b"field", "message", b"message", "reason", b"reason", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -535,25 +547,35 @@ Global___Refused: _TypeAlias = Refused  # noqa: Y015
 
 @_typing.final
 class Abort(_message.Message):
-    """The rest will not come."""
+    """The rest will not come: the request was cancelled, or the encoding failed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    RESERVATION_FIELD_NUMBER: _builtins.int
+    BIRTH_ID_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     """The transfer."""
     reason: _builtins.str
     """Why."""
+    birth_id: _builtins.bytes
+    """Which encoding."""
+    @_builtins.property
+    def reservation(self) -> _common_pb2.Reservation:
+        """Where it was going."""
+
     def __init__(
         self,
         *,
         transfer_id: _builtins.int = ...,
         reason: _builtins.str = ...,
+        reservation: _common_pb2.Reservation | None = ...,
+        birth_id: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reservation", b"reservation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["birth_id", b"birth_id", "reason", b"reason", "reservation", b"reservation", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -561,21 +583,25 @@ Global___Abort: _TypeAlias = Abort  # noqa: Y015
 
 @_typing.final
 class Ping(_message.Message):
-    """Still there?"""
+    """Still there? Messages keep their order, so what was sent before a Ping and is not answered before its Pong is lost."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NONCE_FIELD_NUMBER: _builtins.int
+    SENT_BYTES_FIELD_NUMBER: _builtins.int
     nonce: _builtins.int
-    """Returned in Pong."""
+    """Returned in Pong; rises."""
+    sent_bytes: _builtins.int
+    """Bytes of chunks sent over the pair in this session: bytes of lost chunks count as taken from here on."""
     def __init__(
         self,
         *,
         nonce: _builtins.int = ...,
+        sent_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce", "sent_bytes", b"sent_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -588,16 +614,20 @@ class Pong(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NONCE_FIELD_NUMBER: _builtins.int
+    CREDIT_LIMIT_FIELD_NUMBER: _builtins.int
     nonce: _builtins.int
     """From Ping."""
+    credit_limit: _builtins.int
+    """How far the pair's count of sent bytes may go."""
     def __init__(
         self,
         *,
         nonce: _builtins.int = ...,
+        credit_limit: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_limit", b"credit_limit", "nonce", b"nonce"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,1 @@
+"""The receiving side: chunks of extents, verified into reserved memory."""

@@ -1,0 +1,1 @@
+"""The sending side: extents on their way to decode workers."""

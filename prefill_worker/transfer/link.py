@@ -1,0 +1,302 @@
+"""One pair: greeting, credit, the transfers that share it, and what proves that something was lost. No sockets.
+
+Credit is a count and not a sum of messages: every chunk carries the bytes sent so far in this session, every answer
+how far that count may go. So an answer that is lost costs nothing, and a chunk that is lost gives its bytes back with
+the next chunk or Ping. Bytes outside this process and not yet with the receiver never exceed the receiver's window: a
+slow decode worker holds the sender up, it does not make the sender's memory grow.
+
+Messages of a pair keep their order. What was sent before a Ping and has no answer when its Pong comes is lost, and is
+sent again; a slow wire alone never causes that.
+
+    GREETING ──Welcome──▶ OPEN ──NO_HELLO (the connection was made anew)──▶ GREETING
+        │ refused, or no answer            │ no progress for too long
+        └──────────────▶ BROKEN ◀──────────┘
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+
+from prefill_worker.transfer.errors import LinkBrokenError, refused_block, refused_pair
+from prefill_worker.transfer.outgoing import Outgoing
+from shared import logs
+from shared.errors import DrystoneError
+from shared.internal.v1.common_pb2 import Compatibility, WorkerIdentity
+from shared.internal.v1.transfer_pb2 import Hello, Ping, RefusalReason, Refused, TransferHeader
+
+# Of a greeting: to its repetition, and to its being given up.
+HELLO_AGAIN_SECONDS = 1.0
+HELLO_SECONDS = 5.0
+# Silence after which a Ping asks whether anything was lost.
+PING_SECONDS = 0.25
+# A link without transfers is closed: its receiver may be gone for good.
+IDLE_SECONDS = 300.0
+_R = RefusalReason
+Send = Callable[[TransferHeader, memoryview | None], None]
+
+
+class State(Enum):
+    """Of a link."""
+
+    GREETING = "greeting"
+    OPEN = "open"
+    BROKEN = "broken"
+
+
+class Link:
+    """The sending end of one pair. Used by the sending thread alone.
+
+    Args:
+        sender: This worker.
+        receiver: The life of the decode worker that it is for.
+        compatibility: What this worker's KV is.
+        timeout_seconds: Longest time without progress.
+        send: Sends a message; never blocks.
+        now: `time.monotonic()`.
+        transport: Such as "zmq-tcp".
+    """
+
+    def __init__(
+        self,
+        sender: WorkerIdentity,
+        receiver: WorkerIdentity,
+        compatibility: Compatibility,
+        timeout_seconds: float,
+        send: Send,
+        now: float,
+        transport: str,
+    ) -> None:
+        self.receiver = receiver
+        self.transport = transport
+        self.state = State.GREETING
+        self.failure: DrystoneError | None = None
+        self.sent_bytes = self.credit_limit = 0
+        self.sent_bytes_total = self.chunks_total = self.greetings_total = 0
+        self.round_trip_seconds = 0.0
+        self._hello = Hello(sender=sender, receiver=receiver, compatibility=compatibility)
+        self._timeout = timeout_seconds
+        self._send_now = send
+        self._transfers: dict[int, Outgoing] = {}
+        # Whose turn it is; a transfer that is not in it has nothing to send.
+        self._turns: deque[Outgoing] = deque()
+        self._order = 0
+        self._pings: dict[int, tuple[int, float]] = {}
+        self._nonce = 0
+        self._greeted_at = self._hello_at = self._progress_at = self._heard_at = self._used_at = now
+        self._asked_at = now
+        self._garbled = ""
+        self._window = 0
+        self._log = logs.get("link")
+        self._greet(now)
+
+    @property
+    def idle(self) -> bool:
+        """True without transfers."""
+        return not self._transfers
+
+    @property
+    def outstanding_bytes(self) -> int:
+        """Bytes sent that the receiver has not said to have dealt with."""
+        return max(0, self.sent_bytes - (self.credit_limit - self._window))
+
+    def begin(self, transfer: Outgoing, now: float) -> None:
+        """Takes a transfer; it ends by itself, or with the link."""
+        if not self._transfers:
+            self._progress_at = self._heard_at = now
+        self._used_at = now
+        self._transfers[transfer.number] = transfer
+        self._turns.append(transfer)
+        self.pump(now)
+
+    def cancel(self, transfer: Outgoing, why: str) -> None:
+        """Nobody wants it any more; what is out will be answered to nobody."""
+        if self._transfers.pop(transfer.number, None) is not None and self.state is State.OPEN:
+            self._send(transfer.abort(why))
+
+    def pump(self, now: float) -> None:
+        """Sends what may be sent, each transfer in its turn."""
+        without = 0
+        while self.state is State.OPEN and self._turns and without < len(self._turns):
+            transfer = self._turns.popleft()
+            if transfer.number not in self._transfers:
+                continue
+            message = transfer.next(self._order + 1, self.credit_limit - self.sent_bytes, now)
+            if transfer.ended:
+                self._leave(transfer)
+                self._send(transfer.abort("the encoding failed"))
+                continue
+            self._turns.append(transfer)
+            if transfer.waits_for_credit:
+                self._turns.rotate(1)  # it is the first when credit comes
+                return
+            if message is None:
+                without += 1
+                continue
+            without = 0
+            self._send_piece(*message)
+            self._used_at = now
+
+    def heard(self, header: TransferHeader, now: float) -> None:
+        """Takes a message of the receiver."""
+        kind = header.WhichOneof("message")
+        if self.state is State.GREETING:
+            self._greeted(header, now)
+            return
+        if self.state is State.BROKEN:
+            return
+        self._heard_at = now
+        match kind:
+            case "chunk_result":
+                self._credit(header.chunk_result.credit_limit)
+                transfer = self._transfers.get(header.chunk_result.transfer_id)
+                if transfer is not None and transfer.answered(header.chunk_result):
+                    self._progress_at = now
+                self._settle(transfer)
+            case "committed":
+                self._credit(header.committed.credit_limit)
+                done = self._transfers.pop(header.committed.transfer_id, None)
+                if done is not None:
+                    self._progress_at = now
+                    done.whole(self.transport)
+            case "refused":
+                self._refused(header.refused, now)
+            case "pong":
+                self._pong(header.pong.nonce, header.pong.credit_limit, now)
+            case "grant":
+                self._credit(header.grant.credit_limit)
+            case _:
+                return
+        self.pump(now)
+
+    def garbled(self, detail: str, now: float) -> None:
+        """Something came that cannot be read: it may have been an answer."""
+        self._garbled = f"; what came could not be read: {detail}"
+        self._heard_at = min(self._heard_at, now - PING_SECONDS)
+
+    def tick(self, now: float) -> float:
+        """Does what time asks for; returns the seconds until it asks again."""
+        if self.state is State.GREETING:
+            if now - self._greeted_at > min(HELLO_SECONDS, self._timeout):
+                waited = f"did not answer within {min(HELLO_SECONDS, self._timeout)} s{self._garbled}"
+                self.break_off(LinkBrokenError(f"decode worker {self.receiver.worker_id} {waited}"))
+            elif now - self._hello_at > HELLO_AGAIN_SECONDS:
+                self._hello_at = now
+                self._send(TransferHeader(hello=self._hello))
+            return min(HELLO_AGAIN_SECONDS, self._timeout) / 4
+        if self.state is State.BROKEN or not self._transfers:
+            return IDLE_SECONDS
+        waits_for_credit = any(one.waits_for_credit for one in self._transfers.values())
+        if not waits_for_credit and not any(one.wants_answers for one in self._transfers.values()):
+            self._progress_at = self._heard_at = now  # sources are behind; nothing is expected of the receiver
+            return IDLE_SECONDS
+        if now - self._progress_at > self._timeout:
+            what = "no credit from the decode worker" if waits_for_credit else "no progress of a transfer"
+            self.break_off(LinkBrokenError(f"{what} within {self._timeout} s"))
+            return IDLE_SECONDS
+        self._ping(now)
+        return min(PING_SECONDS, self._timeout) / 2
+
+    def idle_seconds(self, now: float) -> float:
+        """Since it was used last."""
+        return 0.0 if self._transfers else now - self._used_at
+
+    def break_off(self, why: DrystoneError) -> None:
+        """Ends the link and every transfer on it."""
+        if self.state is State.BROKEN:
+            return
+        self.state, self.failure = State.BROKEN, why
+        transfers, self._transfers = list(self._transfers.values()), {}
+        self._turns.clear()
+        for transfer in transfers:
+            transfer.end(why)
+
+    def _greet(self, now: float) -> None:
+        """A session begins: neither side owes the other anything."""
+        self.state = State.GREETING
+        self._hello.session = secrets.randbits(64) | 1
+        self.sent_bytes = self.credit_limit = 0
+        self._pings.clear()
+        self._greeted_at = self._hello_at = now
+        self.greetings_total += 1
+        for transfer in self._transfers.values():
+            transfer.begin_anew()
+        self._send(TransferHeader(hello=self._hello))
+
+    def _greeted(self, header: TransferHeader, now: float) -> None:
+        if header.HasField("welcome") and header.welcome.session == self._hello.session:
+            self.state = State.OPEN
+            self._progress_at = self._heard_at = now
+            self._window = header.welcome.credit_limit
+            self._credit(self._window)
+            self.pump(now)
+        elif header.HasField("refused") and header.refused.transfer_id == 0:
+            refused = header.refused
+            # What was sent before the greeting is refused for want of one; a greeting that was spoilt is said again.
+            if refused.reason not in (_R.REFUSAL_REASON_NO_HELLO, _R.REFUSAL_REASON_MALFORMED):
+                name = self.receiver.worker_id
+                self.break_off(refused_pair(name, refused.reason, refused.message, refused.field))
+
+    def _refused(self, refused: Refused, now: float) -> None:
+        if refused.transfer_id:
+            self._credit(refused.credit_limit)
+            transfer = self._transfers.get(refused.transfer_id)
+            if transfer is not None:
+                transfer.end(refused_block(refused.reason, refused.message))
+            self._settle(transfer)
+        elif refused.reason == _R.REFUSAL_REASON_NO_HELLO:
+            self._log.info("greeting_anew", receiver=self.receiver.worker_id)
+            self._greet(now)
+        elif refused.reason == _R.REFUSAL_REASON_MALFORMED:
+            self._heard_at = min(self._heard_at, now - PING_SECONDS)  # something was spoilt on its way: ask what
+        else:
+            name = self.receiver.worker_id
+            self.break_off(refused_pair(name, refused.reason, refused.message, refused.field))
+
+    def _ping(self, now: float) -> None:
+        """Asks what was lost: soon when nothing is heard, once in a while when answers come to other chunks."""
+        silent = now - self._heard_at >= PING_SECONDS
+        if now - self._asked_at >= (PING_SECONDS if silent else 4 * PING_SECONDS):
+            self._nonce += 1
+            self._asked_at = now
+            self._send(TransferHeader(ping=Ping(nonce=self._nonce, sent_bytes=self.sent_bytes)))
+            self._pings[self._nonce] = (self._order, now)
+
+    def _pong(self, nonce: int, limit: int, now: float) -> None:
+        self._credit(limit)
+        order, sent_at = self._pings.get(nonce, (0, now))
+        if not order:
+            return
+        self.round_trip_seconds = now - sent_at
+        self._pings = {number: ping for number, ping in self._pings.items() if number > nonce}
+        for transfer in self._transfers.values():
+            transfer.lost(order)
+
+    def _credit(self, limit: int) -> None:
+        self.credit_limit = max(self.credit_limit, limit)
+
+    def _settle(self, transfer: Outgoing | None) -> None:
+        if transfer is not None and transfer.ended:
+            self._leave(transfer)
+
+    def _leave(self, transfer: Outgoing) -> None:
+        self._transfers.pop(transfer.number, None)
+
+    def _send_piece(self, header: TransferHeader, data: memoryview | None) -> None:
+        if data is not None:
+            self.sent_bytes += len(data)
+            self.sent_bytes_total += len(data)
+            self.chunks_total += 1
+            header.chunk.sent_bytes = self.sent_bytes
+        self._send(header, data)
+
+    def _send(self, header: TransferHeader, data: memoryview | None = None) -> None:
+        self._order += 1
+        self._send_now(header, data)
+
+
+def closed() -> LinkBrokenError:
+    """What transfers on a link that its owner closes end with."""
+    return LinkBrokenError("the link was closed")

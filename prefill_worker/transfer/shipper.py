@@ -1,0 +1,252 @@
+"""Links to decode workers, one for each life of each worker, on one thread.
+
+event loop                          kv-send thread
+ship() ── call ──▶ Link.begin ──▶ header + view of the extent (copy=False) ──▶ ZeroMQ
+▲                                                                            │ answers
+└────── future, call_soon_threadsafe ◀── Outgoing.end ◀── Link.heard ◀───────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import zmq
+
+from prefill_worker.transfer.errors import LinkBrokenError
+from prefill_worker.transfer.link import IDLE_SECONDS, Link, State, closed
+from prefill_worker.transfer.outgoing import Outgoing, Shipped
+from prefill_worker.transfer.source import Source
+from shared import logs
+from shared.errors import DrystoneError
+from shared.internal.v1.common_pb2 import Compatibility, KvEndpoint, Reservation, WorkerIdentity
+from shared.internal.v1.transfer_pb2 import TransferHeader
+from shared.kv.layout import KvShape
+from shared.transfer.endpoints import ClientSecurity, chosen_address, transport_name
+from shared.transfer.envelope import MalformedFrameError, seal, unseal
+from shared.transfer.reactor import Reactor
+
+# An address and the life of the worker behind it.
+Name = tuple[str, int]
+
+
+@dataclass(slots=True)
+class _Pair:
+    """A link and its socket."""
+
+    link: Link
+    socket: zmq.Socket[bytes]
+    address: str
+
+
+class Shipper:
+    """Owns every link of a prefill worker. `ship` is for one event loop; all else happens on the thread.
+
+    Args:
+        identity: This worker.
+        compatibility: What its KV is.
+        shape: Of one token's KV.
+        timeout_seconds: Longest time without progress of a transfer.
+        security: Puts keys on sockets; refuses endpoints that may not be sent to.
+
+    Attributes:
+        shipped_bytes: Of chunks, since the start.
+        resent: Chunks sent again, by reason.
+        outcomes: Transfers, by how they ended.
+    """
+
+    def __init__(
+        self,
+        identity: WorkerIdentity,
+        compatibility: Compatibility,
+        shape: KvShape,
+        timeout_seconds: float,
+        security: ClientSecurity | None = None,
+        on_end: Callable[[Shipped], None] | None = None,
+    ) -> None:
+        self._identity = identity
+        self._compatibility = compatibility
+        self._shape = shape
+        self._timeout = timeout_seconds
+        self._security = security
+        self._on_end = on_end
+        self._pairs: dict[Name, _Pair] = {}
+        self._numbers = itertools.count(1)
+        self._reactor = Reactor("kv-send", self._tick)
+        self._open = False
+        self._log = logs.get("shipper")
+        self.shipped_bytes = 0
+        self.resent: Counter[str] = Counter()
+        self.outcomes: Counter[str] = Counter()
+
+    @property
+    def resent_total(self) -> int:
+        """Chunks sent again since the start."""
+        return self.resent.total()
+
+    async def ship(self, source: Source, reservation: Reservation, endpoint: KvEndpoint) -> Shipped:
+        """Sends an extent, as far as it is made and as it grows, and waits until the receiver has verified it.
+
+        Raises:
+            LinkBrokenError: The pair made no progress; the next transfer makes a new link.
+            SourceLostError: The encoding failed; nothing of it is visible anywhere.
+            DrystoneError: The receiver refused this block, or this worker.
+        """
+        if not self._open:
+            self._open = True
+            self._reactor.start()
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Shipped] = loop.create_future()
+
+        def ended(outcome: Shipped | DrystoneError) -> None:
+            loop.call_soon_threadsafe(_settle, done, outcome)
+
+        transfer = Outgoing(next(self._numbers), source, reservation, self._shape, ended)
+        begun: list[_Pair] = []
+        self._reactor.call(lambda: self._begin(transfer, endpoint, begun))
+        forget = source.subscribe(lambda: self._reactor.call(lambda: self._pump(begun)))
+        try:
+            shipped = await done
+        except DrystoneError as error:
+            self.outcomes[error.metadata.get("refusal", error.reason)] += 1
+            raise
+        finally:
+            forget()
+            if not done.done() or done.cancelled():
+                self.outcomes["cancelled"] += 1
+                self._reactor.call(lambda: _cancel(begun, transfer))
+        self.outcomes["committed"] += 1
+        self.shipped_bytes += shipped.bytes
+        self.resent.update(shipped.resent)
+        if self._on_end is not None:
+            self._on_end(shipped)
+        return shipped
+
+    def links(self) -> list[Link]:
+        """Every link, for those who look on."""
+        return [pair.link for pair in list(self._pairs.values())]
+
+    async def close(self) -> None:
+        """Closes every link; what is under way ends with LinkBrokenError."""
+        if self._open:
+            self._reactor.call(self._break_all)
+        await asyncio.to_thread(self._reactor.stop)
+
+    # On the thread.
+
+    def _begin(self, transfer: Outgoing, endpoint: KvEndpoint, begun: list[_Pair]) -> None:
+        try:
+            pair = self._pair(endpoint, transfer.reservation.worker)
+        except DrystoneError as error:
+            transfer.end(error)
+        else:
+            begun.append(pair)
+            pair.link.begin(transfer, time.monotonic())
+
+    def _pump(self, begun: list[_Pair]) -> None:
+        for pair in begun:
+            pair.link.pump(time.monotonic())
+
+    def _pair(self, endpoint: KvEndpoint, receiver: WorkerIdentity) -> _Pair:
+        address = chosen_address(endpoint)
+        name = (address, receiver.incarnation)
+        pair = self._pairs.get(name)
+        if pair is None or pair.link.state is State.BROKEN:
+            self._let_go(name)
+            # Links to earlier lives of a worker would reconnect to the new one for ever.
+            for other in [one for one in self._pairs if one[0] == address]:
+                self._let_go(other)
+            pair = self._pairs[name] = self._connect(address, endpoint, receiver)
+        return pair
+
+    def _connect(self, address: str, endpoint: KvEndpoint, receiver: WorkerIdentity) -> _Pair:
+        socket = self._reactor.context.socket(zmq.DEALER)
+        try:
+            socket.setsockopt(zmq.LINGER, 0)
+            # What waits in the socket is bounded by credit, in bytes; a count of messages would bound nothing.
+            socket.setsockopt(zmq.SNDHWM, 0)
+            socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
+            if self._security is not None:
+                self._security.apply(socket, endpoint)
+            socket.connect(address)
+        except zmq.ZMQError as error:
+            socket.close(0)
+            raise LinkBrokenError(f"cannot connect to {address[:200]!r}: {error}") from error
+        except DrystoneError:
+            socket.close(0)
+            raise
+        link = Link(
+            self._identity,
+            receiver,
+            self._compatibility,
+            self._timeout,
+            partial(_send, socket),
+            time.monotonic(),
+            transport_name(address),
+        )
+        pair = _Pair(link, socket, address)
+        self._reactor.register(socket, partial(self._read, pair))
+        return pair
+
+    def _read(self, pair: _Pair) -> bool:
+        try:
+            frame = pair.socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        now = time.monotonic()
+        try:
+            header = unseal(frame)
+        except MalformedFrameError as error:
+            self._log.warning("malformed_reply", receiver=pair.link.receiver.worker_id, detail=str(error))
+            pair.link.garbled(str(error), now)
+            return True
+        pair.link.heard(header, now)
+        return True
+
+    def _tick(self, now: float) -> float:
+        wait = IDLE_SECONDS
+        for name, pair in list(self._pairs.items()):
+            wait = min(wait, pair.link.tick(now))
+            if pair.link.state is State.BROKEN:
+                self._log.warning("link_broken", receiver=pair.link.receiver.worker_id, detail=str(pair.link.failure))
+                self._let_go(name)
+            elif pair.link.idle_seconds(now) > IDLE_SECONDS:
+                self._let_go(name)
+        return wait
+
+    def _let_go(self, name: Name) -> None:
+        pair = self._pairs.pop(name, None)
+        if pair is not None:
+            pair.link.break_off(closed())
+            self._reactor.forget(pair.socket)
+
+    def _break_all(self) -> None:
+        for name in list(self._pairs):
+            self._let_go(name)
+
+
+def _cancel(begun: list[_Pair], transfer: Outgoing) -> None:
+    for pair in begun:
+        pair.link.cancel(transfer, "cancelled")
+
+
+def _send(socket: zmq.Socket[bytes], header: TransferHeader, data: memoryview | None) -> None:
+    if data is None:
+        socket.send(seal(header), zmq.NOBLOCK)
+        return
+    socket.send(seal(header), zmq.NOBLOCK | zmq.SNDMORE)
+    socket.send(data, zmq.NOBLOCK, copy=False)
+
+
+def _settle(done: asyncio.Future[Shipped], outcome: Shipped | DrystoneError) -> None:
+    if done.done():
+        return
+    if isinstance(outcome, DrystoneError):
+        done.set_exception(outcome)
+    else:
+        done.set_result(outcome)
