@@ -79,7 +79,7 @@ class DecodeApp:
         self.pool = Pool(arena, self.identity, POLICIES[settings.eviction]())
         self._tokenizer = AutoTokenizer.from_pretrained(self.model.folder).backend_tokenizer
         self._sampler = Sampler(self._tokenizer, self.model.vocabulary_size)
-        self._metrics = Metrics(self.figures, HISTOGRAMS, ["requests_ended"])
+        self._metrics = Metrics(self.figures, HISTOGRAMS, ["requests_ended", "kv_chunks_refused"])
         self.observer = Observer(self._metrics)
         attention = base.make(settings.attention, self.model, arena)
         fused, native = None, None
@@ -111,6 +111,7 @@ class DecodeApp:
             view=lambda landing: self.pool.arena.bytes_of(landing.extent),
             committed=lambda fetch, size: self.engine.committed(fetch, shipped_bytes=size),
             budget_bytes=self._settings.kv_receive_bytes,
+            on_refused=lambda reason: self._metrics.count("kv_chunks_refused", reason),
         )
         self._listen()
         opener = Opener(
@@ -129,6 +130,7 @@ class DecodeApp:
             self.figures,
             capacity_bytes=self.pool.arena.capacity_bytes,
             endpoint=self._endpoint,
+            pairs=self.receiver.pairs.statuses,
         )
 
         def register(server: grpc.aio.Server) -> None:
@@ -200,4 +202,5 @@ class DecodeApp:
             "integrity_failures_total": self.engine.integrity_failures_total,
             "received_bytes_total": self.receiver.received_bytes,
             "chunks_refused_total": self.receiver.refused_total,
+            "kv_pairs": len(self.receiver.pairs),
         }

@@ -19,6 +19,7 @@ from prefill_worker.opening import Opening, Places
 from prefill_worker.service import PrefillService
 from prefill_worker.settings import PrefillSettings
 from prefill_worker.tiers.block import StoredBlock
+from prefill_worker.transfer.outgoing import Shipped
 from prefill_worker.transfer.shipper import Shipper
 from shared import logs
 from shared.engine import served_model
@@ -40,8 +41,12 @@ from shared.transfer.compatibility import compatibility_of
 _HISTOGRAMS = (
     "encode_batch_tokens",
     "encode_time_seconds",
+    "kv_transfer_seconds",
+    "kv_transfer_bandwidth_bytes_per_second",
+    "kv_credit_wait_seconds",
     *(f"{tier}_{work}_seconds" for tier in ("disk", "object") for work in ("read", "write")),
 )
+_COUNTERS = ("kv_transfers", "kv_chunks_resent", "kv_transport_fallbacks")
 
 
 class PrefillApp:
@@ -73,7 +78,7 @@ class PrefillApp:
         """Serves; returns addresses."""
         settings = self._settings
         shape = self.model.geometry.shape
-        self._metrics = Metrics(lambda: figures(self.holdings, self.encoder, self.shipper), _HISTOGRAMS)
+        self._metrics = Metrics(lambda: figures(self.holdings, self.encoder, self.shipper), _HISTOGRAMS, _COUNTERS)
         self.encoder = Encoder(
             self.model,
             self._keep,
@@ -87,7 +92,13 @@ class PrefillApp:
         opening = Opening(settings, self._places, self.model, self.encoder.encode_seconds, self._metrics)
         keys = self.model.key_space()
         self.holdings = Holdings(opening.store(), opening.records(), self.encoder, keys, shape)
-        self.shipper = Shipper(self.identity, compatibility_of(self.model), shape, settings.ship_timeout_seconds)
+        self.shipper = Shipper(
+            self.identity,
+            compatibility_of(self.model),
+            shape,
+            settings.ship_timeout_seconds,
+            on_end=self._shipping_ended,
+        )
         jobs = Jobs(self.holdings, self.encoder, self.shipper, self.model.vocabulary_size)
         prefill = PrefillService(self.model, jobs, self.holdings, settings.default_timeout_seconds)
         self._worker = WorkerService(
@@ -96,6 +107,7 @@ class PrefillApp:
             self.model,
             lambda: figures(self.holdings, self.encoder, self.shipper),
             capacity_bytes=settings.ram_bytes,
+            pairs=self.shipper.pairs,
         )
 
         def register(server: grpc.aio.Server) -> None:
@@ -171,6 +183,15 @@ class PrefillApp:
 
     def _keep(self, block: StoredBlock) -> None:
         self.holdings.store.put(block)
+
+    def _shipping_ended(self, outcome: str, shipped: Shipped | None) -> None:
+        self._metrics.count("kv_transfers", outcome)
+        if shipped is not None:
+            self._metrics.observe("kv_transfer_seconds", shipped.seconds)
+            self._metrics.observe("kv_credit_wait_seconds", shipped.credit_wait_seconds)
+            self._metrics.observe("kv_transfer_bandwidth_bytes_per_second", shipped.bytes / max(shipped.seconds, 1e-9))
+            for reason, times in shipped.resent.items():
+                self._metrics.count("kv_chunks_resent", reason, times)
 
     def _batch_done(self, tokens: int, seconds: float) -> None:
         self._metrics.observe("encode_batch_tokens", tokens)

@@ -17,6 +17,8 @@ from shared.status import FIGURES
 
 PREFIX = "drystone_"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
+# From a poor wire to several fast ones side by side: 1 MB/s to 200 GB/s.
+_BYTES_PER_SECOND = tuple(step * 10.0**power for power in range(6, 12) for step in (1, 2, 5))[:-1]
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 HISTOGRAMS: Mapping[str, str] = MappingProxyType(
     {
@@ -33,6 +35,9 @@ HISTOGRAMS: Mapping[str, str] = MappingProxyType(
         "disk_write_seconds": "Prefill worker: one block written to disk.",
         "object_read_seconds": "Prefill worker: one block read back from the object store, verified.",
         "object_write_seconds": "Prefill worker: one block written to the object store.",
+        "kv_transfer_seconds": "Prefill worker: one block shipped, from its offer until it was verified whole.",
+        "kv_transfer_bandwidth_bytes_per_second": "Prefill worker: bytes of one block by the time on their way.",
+        "kv_credit_wait_seconds": "Prefill worker: of one block's shipping, the time without credit for a ready chunk.",
         "iteration_tokens": "Decode worker: tokens of one step.",
         "step_time_prefill_seconds": "Decode worker: steps that only read questions.",
         "step_time_mixed_seconds": "Decode worker: steps that read questions and generate.",
@@ -41,7 +46,17 @@ HISTOGRAMS: Mapping[str, str] = MappingProxyType(
 )
 
 COUNTERS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {"requests_ended": ("Requests by how they ended: a finish reason, or the reason of an error.", "reason")}
+    {
+        "requests_ended": (
+            "Decode worker: requests by how they ended: a finish reason, or the reason of an error.",
+            "reason",
+        ),
+        "kv_transfers": ("Prefill worker: blocks shipped, by how that ended.", "outcome"),
+        "kv_chunks_resent": ("Prefill worker: chunks sent again, by why.", "reason"),
+        "kv_chunks_refused": ("Decode worker: messages of senders refused, by why.", "reason"),
+        "kv_transport_fallbacks": ("Transfers that went over another transport than chosen, by why.", "reason"),
+        "kv_connections_denied": ("Decode worker: senders that were not let in, by why.", "reason"),
+    }
 )
 
 Figures = Callable[[], Mapping[str, float]]
@@ -73,9 +88,9 @@ class Metrics:
         """Adds an observation, in the unit of the name; a name that is not registered is a KeyError."""
         self._histograms[histogram].observe(value)
 
-    def count(self, counter: str, label: str) -> None:
-        """Counts one; a name that is not registered is a KeyError."""
-        self._counters[counter].labels(label).inc()
+    def count(self, counter: str, label: str, times: int = 1) -> None:
+        """Counts one, or several at once; a name that is not registered is a KeyError."""
+        self._counters[counter].labels(label).inc(times)
 
     def serve(self, host: str, port: int) -> None:
         """Serves /metrics on a thread; port 0 serves none. Raises OSError when it cannot bind."""
@@ -95,6 +110,8 @@ class Metrics:
 
 
 def _buckets(name: str) -> tuple[float, ...]:
+    if name.endswith("_bytes_per_second"):
+        return _BYTES_PER_SECOND
     return _SECONDS if name.endswith("_seconds") else _TOKENS
 
 

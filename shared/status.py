@@ -79,6 +79,10 @@ FIGURES: Mapping[str, str] = MappingProxyType(
         "received_bytes_total": "KV bytes received and committed since the start.",
         "chunks_refused_total": "Chunks refused since the start.",
         "chunks_resent_total": "Chunks sent again since the start.",
+        "kv_pairs": "Pairs of this worker with others that KV travels over.",
+        "kv_outstanding_bytes": "KV bytes sent that receivers have not dealt with yet.",
+        "transport_fallbacks_total": "Transfers that went over another transport than the one chosen.",
+        "connections_denied_total": "Senders that were not let in: no key, or a wrong one.",
     }
 )
 

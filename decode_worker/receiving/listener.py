@@ -62,6 +62,11 @@ class Listener:
             raise
         self.address = str(self.socket.getsockopt_string(zmq.LAST_ENDPOINT))
 
+    @property
+    def curve(self) -> bool:
+        """True where senders are authenticated and all is encrypted."""
+        return bool(self.socket.getsockopt(zmq.MECHANISM) == zmq.CURVE)
+
     def name(self, peer: bytes) -> bytes:
         """A peer's name among those of all listeners."""
         return self.transport.encode() + peer

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from drystone.v1.operations_pb2 import PairDirection, PairState, PairStatus
 from shared.internal.v1.common_pb2 import WorkerIdentity
 from shared.kv.birth import CHUNK_BYTES
+from shared.transfer.pair_stats import PairStats
 
 # Of one pair: what a long fat wire needs (10 ms at 10 Gb/s is 12 MB).
 PAIR_WINDOW_BYTES = 16 << 20
 # Least window of a pair: without two chunks on the way a wire idles.
 LEAST_WINDOW_BYTES = 2 * CHUNK_BYTES
+# A receiver does not know what is still to come: heard lately is open.
+_BUSY_SECONDS = 2.0
 # Senders whose last message is older are forgotten first when there are too many.
 MAX_PAIRS = 4096
 
@@ -23,26 +27,18 @@ class Pair:
 
     Attributes:
         peer: Routing id of its connection.
-        transport: Such as "zmq-tcp".
-        sender: Who it says it is.
+        stats: What status shows of it.
         session: Number that it drew for this connection.
         seen_bytes: Highest count of sent bytes that it told.
         credit_limit: Highest count that it was allowed.
-        bytes_total: Taken and verified.
-        chunks_total: Likewise.
-        refused: Chunks refused, by reason.
         heard_at: `time.monotonic()` of its last message.
     """
 
     peer: bytes
-    transport: str
-    sender: WorkerIdentity
+    stats: PairStats
     session: int
     seen_bytes: int = 0
     credit_limit: int = 0
-    bytes_total: int = 0
-    chunks_total: int = 0
-    refused: Counter[str] = field(default_factory=Counter)
     heard_at: float = field(default_factory=time.monotonic)
 
     def saw(self, sent_bytes: int) -> bool:
@@ -51,6 +47,13 @@ class Pair:
             return False
         self.seen_bytes = max(self.seen_bytes, sent_bytes)
         return True
+
+    def look(self) -> PairStats:
+        """What status shows, as it is now."""
+        busy = time.monotonic() - self.heard_at < _BUSY_SECONDS
+        self.stats.state = PairState.PAIR_STATE_OPEN if busy else PairState.PAIR_STATE_IDLE
+        self.stats.credit_free_bytes = self.credit_limit - self.seen_bytes
+        return self.stats
 
 
 class Pairs:
@@ -71,16 +74,21 @@ class Pairs:
         """Every pair, the one that was heard last at the end. From any thread."""
         return list(self._pairs.values())
 
+    def statuses(self) -> list[PairStatus]:
+        """What status shows of each. From any thread."""
+        return [pair.look().snapshot() for pair in self.all()]
+
     @property
     def window_bytes(self) -> int:
         """Bytes that a pair may have outstanding now."""
         return max(LEAST_WINDOW_BYTES, min(PAIR_WINDOW_BYTES, self._budget // max(1, len(self._pairs))))
 
-    def welcome(self, peer: bytes, transport: str, sender: WorkerIdentity, session: int) -> Pair:
+    def welcome(self, peer: bytes, session: int, sender: WorkerIdentity, transport: str, *, curve: bool) -> Pair:
         """Books of a greeting; one that was told twice keeps them, another session of the connection begins anew."""
         pair = self._pairs.get(peer)
         if pair is None or pair.session != session:
-            pair = self._pairs[peer] = Pair(peer, transport, sender, session)
+            stats = PairStats(sender.worker_id, "", PairDirection.PAIR_DIRECTION_RECEIVE, transport, curve)
+            pair = self._pairs[peer] = Pair(peer, stats, session)
             while len(self._pairs) > MAX_PAIRS:
                 self._pairs.popitem(last=False)
         self.granted(pair)

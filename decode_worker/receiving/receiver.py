@@ -64,6 +64,7 @@ class Receiver:
         view: Bytes of an extent, uint8; called with the landing's lock held.
         committed: Told on the event loop of each fetch whose extent is whole, with the bytes received.
         budget_bytes: What all senders together may have sent that is not in its place yet.
+        on_refused: Told on the thread why each message was refused.
 
     Attributes:
         received_bytes: Of committed extents.
@@ -78,12 +79,14 @@ class Receiver:
         view: Callable[[Landing], torch.Tensor],
         committed: Callable[[Fetch, int], None],
         budget_bytes: int = 16 * PAIR_WINDOW_BYTES,
+        on_refused: Callable[[str], None] = lambda _reason: None,
     ) -> None:
         self._fetches = fetches
         self._compatibility = compatibility
         self._shape = shape
         self._view = view
         self._committed = committed
+        self._on_refused = on_refused
         self.pairs = Pairs(budget_bytes)
         self._done: OrderedDict[tuple[int, int], bytes] = OrderedDict()
         self._reactor = Reactor("kv-receive", self._tick)
@@ -165,7 +168,7 @@ class Receiver:
             case "ping":
                 reply = self._ping(pair, header.ping)
             case "abort":
-                self._log.info("transfer_aborted", sender=pair.sender.worker_id, reason=header.abort.reason[:200])
+                self._log.info("transfer_aborted", sender=pair.stats.peer, reason=header.abort.reason[:200])
         return reply
 
     def _hello(self, listener: Listener, peer: bytes, hello: Hello) -> TransferHeader:
@@ -176,7 +179,9 @@ class Receiver:
             field, message = differing
             self._log.warning("incompatible_sender", sender=hello.sender.worker_id[:200], field=field, detail=message)
             return self._refuse(_R.REFUSAL_REASON_INCOMPATIBLE, message, field)
-        pair = self.pairs.welcome(listener.name(peer), listener.transport, hello.sender, hello.session)
+        pair = self.pairs.welcome(
+            listener.name(peer), hello.session, hello.sender, listener.transport, curve=listener.curve
+        )
         return TransferHeader(
             welcome=Welcome(
                 receiver=self._fetches.identity,
@@ -216,12 +221,12 @@ class Receiver:
             reason, message = _R.REFUSAL_REASON_CREDIT, f"{chunk.sent_bytes} bytes sent; limit {pair.credit_limit}"
         else:
             reason, message, whole = self._take(chunk, frames)
+            if reason == _TAKEN:
+                pair.stats.bytes_total += chunk.length
+                pair.stats.chunks_total += 1
             if whole or (reason != _TAKEN and self._remembered(chunk.reservation, chunk.birth_id)):
                 return self._whole(pair, chunk.transfer_id, already=reason != _TAKEN)
-        if reason == _TAKEN:
-            pair.bytes_total += chunk.length
-            pair.chunks_total += 1
-        else:
+        if reason != _TAKEN:
             self._count(pair, reason, message, chunk.chunk_index)
         return TransferHeader(
             chunk_result=ChunkResult(
@@ -287,13 +292,16 @@ class Receiver:
 
     def _count(self, pair: Pair, reason: RefusalReason.ValueType, message: str, chunk: int | None = None) -> None:
         name = _name(reason)
-        pair.refused[name] += 1
+        pair.stats.refused_total += 1
+        pair.stats.last_error = f"{name}: {message}"
         self.refused[name] += 1
-        self._log.warning("refused", reason=name, detail=message, chunk=chunk, sender=pair.sender.worker_id)
+        self._on_refused(name.lower())
+        self._log.warning("refused", reason=name, detail=message, chunk=chunk, sender=pair.stats.peer)
 
     def _refuse(self, reason: RefusalReason.ValueType, message: str, field: str = "") -> TransferHeader:
         """Refuses a whole pair, or a message that cannot be read."""
         self.refused[_name(reason)] += 1
+        self._on_refused(_name(reason).lower())
         return TransferHeader(refused=Refused(reason=reason, message=message, field=field))
 
 

@@ -20,12 +20,14 @@ from collections import deque
 from collections.abc import Callable
 from enum import Enum
 
+from drystone.v1.operations_pb2 import PairState
 from prefill_worker.transfer.errors import LinkBrokenError, refused_block, refused_pair
 from prefill_worker.transfer.outgoing import Outgoing
 from shared import logs
 from shared.errors import DrystoneError
 from shared.internal.v1.common_pb2 import Compatibility, WorkerIdentity
 from shared.internal.v1.transfer_pb2 import Hello, Ping, RefusalReason, Refused, TransferHeader
+from shared.transfer.pair_stats import PairStats
 
 # Of a greeting: to its repetition, and to its being given up.
 HELLO_AGAIN_SECONDS = 1.0
@@ -56,7 +58,7 @@ class Link:
         timeout_seconds: Longest time without progress.
         send: Sends a message; never blocks.
         now: `time.monotonic()`.
-        transport: Such as "zmq-tcp".
+        stats: What status shows of the pair; kept up to date here.
     """
 
     def __init__(
@@ -67,15 +69,14 @@ class Link:
         timeout_seconds: float,
         send: Send,
         now: float,
-        transport: str,
+        stats: PairStats,
     ) -> None:
         self.receiver = receiver
-        self.transport = transport
+        self.stats = stats
         self.state = State.GREETING
         self.failure: DrystoneError | None = None
         self.sent_bytes = self.credit_limit = 0
-        self.sent_bytes_total = self.chunks_total = self.greetings_total = 0
-        self.round_trip_seconds = 0.0
+        self.greetings_total = 0
         self._hello = Hello(sender=sender, receiver=receiver, compatibility=compatibility)
         self._timeout = timeout_seconds
         self._send_now = send
@@ -113,8 +114,10 @@ class Link:
 
     def cancel(self, transfer: Outgoing, why: str) -> None:
         """Nobody wants it any more; what is out will be answered to nobody."""
-        if self._transfers.pop(transfer.number, None) is not None and self.state is State.OPEN:
-            self._send(transfer.abort(why))
+        if transfer.number in self._transfers:
+            self._leave(transfer)
+            if self.state is State.OPEN:
+                self._send(transfer.abort(why))
 
     def pump(self, now: float) -> None:
         """Sends what may be sent, each transfer in its turn."""
@@ -153,14 +156,15 @@ class Link:
                 self._credit(header.chunk_result.credit_limit)
                 transfer = self._transfers.get(header.chunk_result.transfer_id)
                 if transfer is not None and transfer.answered(header.chunk_result):
-                    self._progress_at = now
+                    self._arrived(transfer, header.chunk_result.chunk_index, now)
                 self._settle(transfer)
             case "committed":
                 self._credit(header.committed.credit_limit)
                 done = self._transfers.pop(header.committed.transfer_id, None)
                 if done is not None:
-                    self._progress_at = now
-                    done.whole(self.transport)
+                    self._arrived(done, None, now)
+                    done.whole(self.stats.transport)
+                    self._forget(done)
             case "refused":
                 self._refused(header.refused, now)
             case "pong":
@@ -170,6 +174,17 @@ class Link:
             case _:
                 return
         self.pump(now)
+
+    def look(self) -> PairStats:
+        """What status shows, as it is now. From any thread."""
+        if self.state is State.OPEN:
+            self.stats.state = PairState.PAIR_STATE_IDLE if self.idle else PairState.PAIR_STATE_OPEN
+        else:
+            greeting = self.state is State.GREETING
+            self.stats.state = PairState.PAIR_STATE_GREETING if greeting else PairState.PAIR_STATE_BROKEN
+        self.stats.outstanding_bytes = self.outstanding_bytes
+        self.stats.credit_free_bytes = self.credit_limit - self.sent_bytes
+        return self.stats
 
     def garbled(self, detail: str, now: float) -> None:
         """Something came that cannot be read: it may have been an answer."""
@@ -208,6 +223,7 @@ class Link:
         if self.state is State.BROKEN:
             return
         self.state, self.failure = State.BROKEN, why
+        self.stats.last_error = why.message
         transfers, self._transfers = list(self._transfers.values()), {}
         self._turns.clear()
         for transfer in transfers:
@@ -269,7 +285,7 @@ class Link:
         order, sent_at = self._pings.get(nonce, (0, now))
         if not order:
             return
-        self.round_trip_seconds = now - sent_at
+        self.stats.round_trip_seconds = now - sent_at
         self._pings = {number: ping for number, ping in self._pings.items() if number > nonce}
         for transfer in self._transfers.values():
             transfer.lost(order)
@@ -282,13 +298,25 @@ class Link:
             self._leave(transfer)
 
     def _leave(self, transfer: Outgoing) -> None:
-        self._transfers.pop(transfer.number, None)
+        if self._transfers.pop(transfer.number, None) is not None:
+            self._forget(transfer)
+
+    def _forget(self, transfer: Outgoing) -> None:
+        self.stats.resent_total += transfer.resent.total()
+        self.stats.credit_wait_seconds_total += transfer.credit_wait_seconds
+
+    def _arrived(self, transfer: Outgoing, index: int | None, now: float) -> None:
+        """Progress: a chunk is in its place, or all that were out are."""
+        self._progress_at = now
+        size, sent_at = transfer.taken(index)
+        if size:
+            self.stats.bandwidth.answered(size, sent_at, now)
 
     def _send_piece(self, header: TransferHeader, data: memoryview | None) -> None:
         if data is not None:
             self.sent_bytes += len(data)
-            self.sent_bytes_total += len(data)
-            self.chunks_total += 1
+            self.stats.bytes_total += len(data)
+            self.stats.chunks_total += 1
             header.chunk.sent_bytes = self.sent_bytes
         self._send(header, data)
 

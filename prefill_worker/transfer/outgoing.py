@@ -82,13 +82,15 @@ class Outgoing:
         self._bytes = shape.extent_bytes(source.tokens)
         self._offered = False
         self._to_send = list(range(len(self.chunks)))
-        # Chunks without an answer, with the count of messages of the pair when they were sent.
-        self._out: dict[int, int] = {}
+        # Chunks without an answer, with the count of messages of the pair when they were sent, and the time.
+        self._out: dict[int, tuple[int, float]] = {}
+        # Answered as taken, and not yet asked after with `taken`.
+        self._just_taken: tuple[int, float] = (0, 0.0)
         self._refused = 0
         self._sent_bytes = 0
-        self._resent: Counter[str] = Counter()
+        self.resent: Counter[str] = Counter()
+        self.credit_wait_seconds = 0.0
         self._began = time.monotonic()
-        self._credit_wait = 0.0
         self._waiting_since: float | None = None
 
     @property
@@ -121,7 +123,7 @@ class Outgoing:
             return None
         self._credit_waited(now)
         heapq.heappop(self._to_send)
-        self._out[chunk.index] = order
+        self._out[chunk.index] = (order, now)
         self._sent_bytes += chunk.length
         header = TransferHeader(chunk=self._chunk(chunk, checksum))
         return header, self.source.data[chunk.offset : chunk.offset + chunk.length]
@@ -133,9 +135,11 @@ class Outgoing:
 
     def answered(self, result: ChunkResult) -> bool:
         """Takes what the receiver said of a chunk; True when that is progress."""
-        if self._out.pop(result.chunk_index, None) is None:
+        sent = self._out.pop(result.chunk_index, None)
+        if sent is None:
             return False  # said before
         if result.refusal in _TAKEN:
+            self._just_taken = (self.chunks[result.chunk_index].length, sent[1])
             return True
         if result.refusal == _R.REFUSAL_REASON_CREDIT:
             self._again(result.chunk_index, "CREDIT")
@@ -149,9 +153,16 @@ class Outgoing:
             self._again(result.chunk_index, refusal_name(result.refusal))
         return False
 
+    def taken(self, index: int | None) -> tuple[int, float]:
+        """Bytes that the last answer was for, and when they were sent; None for all that are out."""
+        if index is not None:
+            return self._just_taken
+        sizes = [self.chunks[one].length for one in self._out]
+        return sum(sizes), min((at for _, at in self._out.values()), default=0.0)
+
     def lost(self, before: int) -> None:
         """What was sent before message `before` of the pair, and is not answered, never arrived."""
-        for index in [index for index, order in self._out.items() if order < before]:
+        for index in [index for index, (order, _) in self._out.items() if order < before]:
             del self._out[index]
             self._again(index, "LOST")
 
@@ -165,7 +176,7 @@ class Outgoing:
     def whole(self, transport: str) -> None:
         """The receiver has it all."""
         seconds = time.monotonic() - self._began
-        self.end(Shipped(self._sent_bytes, self._resent, seconds, self._credit_wait, transport))
+        self.end(Shipped(self._sent_bytes, self.resent, seconds, self.credit_wait_seconds, transport))
 
     def end(self, outcome: Shipped | DrystoneError) -> None:
         """Ends it, once."""
@@ -185,11 +196,11 @@ class Outgoing:
 
     def _again(self, index: int, reason: str) -> None:
         heapq.heappush(self._to_send, index)
-        self._resent[reason] += 1
+        self.resent[reason] += 1
 
     def _credit_waited(self, now: float) -> None:
         if self._waiting_since is not None:
-            self._credit_wait += now - self._waiting_since
+            self.credit_wait_seconds += now - self._waiting_since
             self._waiting_since = None
 
     def _offer(self) -> Offer:

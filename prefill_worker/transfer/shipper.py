@@ -18,6 +18,7 @@ from functools import partial
 
 import zmq
 
+from drystone.v1.operations_pb2 import PairDirection, PairStatus
 from prefill_worker.transfer.errors import LinkBrokenError
 from prefill_worker.transfer.link import IDLE_SECONDS, Link, State, closed
 from prefill_worker.transfer.outgoing import Outgoing, Shipped
@@ -29,6 +30,7 @@ from shared.internal.v1.transfer_pb2 import TransferHeader
 from shared.kv.layout import KvShape
 from shared.transfer.endpoints import ClientSecurity, chosen_address, transport_name
 from shared.transfer.envelope import MalformedFrameError, seal, unseal
+from shared.transfer.pair_stats import PairStats
 from shared.transfer.reactor import Reactor
 
 # An address and the life of the worker behind it.
@@ -53,6 +55,7 @@ class Shipper:
         shape: Of one token's KV.
         timeout_seconds: Longest time without progress of a transfer.
         security: Puts keys on sockets; refuses endpoints that may not be sent to.
+        on_end: Told on the event loop how each transfer ended, and what one that was committed did.
 
     Attributes:
         shipped_bytes: Of chunks, since the start.
@@ -67,7 +70,7 @@ class Shipper:
         shape: KvShape,
         timeout_seconds: float,
         security: ClientSecurity | None = None,
-        on_end: Callable[[Shipped], None] | None = None,
+        on_end: Callable[[str, Shipped | None], None] = lambda _outcome, _shipped: None,
     ) -> None:
         self._identity = identity
         self._compatibility = compatibility
@@ -113,23 +116,29 @@ class Shipper:
         try:
             shipped = await done
         except DrystoneError as error:
-            self.outcomes[error.metadata.get("refusal", error.reason)] += 1
+            self._count(error.metadata.get("refusal", error.reason).lower(), None)
             raise
         finally:
             forget()
             if not done.done() or done.cancelled():
-                self.outcomes["cancelled"] += 1
+                self._count("cancelled", None)
                 self._reactor.call(lambda: _cancel(begun, transfer))
-        self.outcomes["committed"] += 1
         self.shipped_bytes += shipped.bytes
         self.resent.update(shipped.resent)
-        if self._on_end is not None:
-            self._on_end(shipped)
+        self._count("committed", shipped)
         return shipped
+
+    def _count(self, outcome: str, shipped: Shipped | None) -> None:
+        self.outcomes[outcome] += 1
+        self._on_end(outcome, shipped)
 
     def links(self) -> list[Link]:
         """Every link, for those who look on."""
         return [pair.link for pair in list(self._pairs.values())]
+
+    def pairs(self) -> list[PairStatus]:
+        """What status shows of each link."""
+        return [link.look().snapshot() for link in self.links()]
 
     async def close(self) -> None:
         """Closes every link; what is under way ends with LinkBrokenError."""
@@ -187,7 +196,13 @@ class Shipper:
             self._timeout,
             partial(_send, socket),
             time.monotonic(),
-            transport_name(address),
+            PairStats(
+                receiver.worker_id,
+                address,
+                PairDirection.PAIR_DIRECTION_SEND,
+                transport_name(address),
+                curve=bool(socket.getsockopt(zmq.MECHANISM) == zmq.CURVE),
+            ),
         )
         pair = _Pair(link, socket, address)
         self._reactor.register(socket, partial(self._read, pair))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 
 import grpc
 
-from drystone.v1.operations_pb2 import ProcessRole, ProcessState, ProcessStatus
+from drystone.v1.operations_pb2 import PairStatus, ProcessRole, ProcessState, ProcessStatus
 from shared.engine.served_model import ServedModel
 from shared.errors import not_in_this_version
 from shared.internal.v1 import worker_pb2 as pb
@@ -28,6 +28,7 @@ class WorkerService(WorkerServicer):
         figures: Gives the figures of `shared.status.FIGURES` that this worker has.
         capacity_bytes: Bytes of KV it can hold.
         endpoint: Where it takes KV; None for workers that do not.
+        pairs: Gives its end of each pair that KV travels between.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class WorkerService(WorkerServicer):
         *,
         capacity_bytes: int,
         endpoint: KvEndpoint | None = None,
+        pairs: Callable[[], Iterable[PairStatus]] = tuple,
     ) -> None:
         self._identity = identity
         self._role = role
@@ -46,6 +48,7 @@ class WorkerService(WorkerServicer):
         self._figures = figures
         self._capacity_bytes = capacity_bytes
         self._endpoint = endpoint
+        self._pairs = pairs
         self._tokenizer_fingerprint = tokenizer_fingerprint(model.folder)
         self._started = time.monotonic()
         self.address = ""
@@ -89,5 +92,6 @@ class WorkerService(WorkerServicer):
                 version=VERSION,
                 uptime_seconds=time.monotonic() - self._started,
                 values=status_values(**self._figures()),
+                pairs=self._pairs(),
             )
         )

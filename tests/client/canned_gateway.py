@@ -122,8 +122,27 @@ class CannedGateway(CannedBlocks, operations_pb2_grpc.OperationsServicer):
             address="127.0.0.1:1",
             model="[bold]tiny",
             values=[operations_pb2.StatusValue(name="pool_used_bytes", value=3 << 20)],
+            pairs=[canned_pair()],
         )
         return operations_pb2.GetStatusResponse(processes=[gateway, decode])
+
+
+def canned_pair() -> operations_pb2.PairStatus:
+    return operations_pb2.PairStatus(
+        peer="[bold]prefill-0",
+        direction=operations_pb2.PAIR_DIRECTION_RECEIVE,
+        transport="zmq-tcp",
+        curve=True,
+        state=operations_pb2.PAIR_STATE_OPEN,
+        bytes_total=5 << 20,
+        chunks_total=5,
+        refused_total=2,
+        outstanding_bytes=1 << 20,
+        credit_free_bytes=15 << 20,
+        fallbacks_total=1,
+        last_error="CHECKSUM: checksum does not match",
+        age_seconds=7.5,
+    )
 
 
 def failure(

@@ -13,7 +13,7 @@ import grpc
 import pytest
 from typer.testing import CliRunner, Result
 
-from drystone import Client, ProcessStatus
+from drystone import Client, PairStatus, ProcessStatus
 from drystone.cli import build_app
 from drystone.cli import console as cli_console
 from drystone.cli import serve as serve_command
@@ -140,6 +140,27 @@ def test_status_has_sizes_seconds_and_whole_counts(gateway: CannedGateway, monke
         assert shown in said
     said = run("status", "-s", gateway.address, "--json").stdout
     assert '"shipped_bytes_total": 3145728, "encode_seconds_total": 1.23456, "steps_total": 2, "ratio": 0.5' in said
+
+
+def test_status_shows_pairs_only_where_there_are_any(gateway: CannedGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = run("status", "-s", gateway.address).stdout
+    for shown in (
+        "decode-0 ← [bold]prefill-0",
+        "zmq-tcp, curve",
+        "5.0 MiB",
+        "2 refused",
+        "15.0 MiB",
+        "1 fallbacks; CHECKSUM: checksum does not match",
+    ):
+        assert shown in said
+    pair = json.loads(run("status", "-s", gateway.address, "--json").stdout)["processes"][1]["pairs"][0]
+    assert (pair["peer"], pair["state"], pair["bytes_total"]) == ("[bold]prefill-0", "open", 5 << 20)
+    sender = PairStatus("d", "tcp://h:1", "send", "zmq-tcp", curve=False, state="idle", resent_total=4)
+    process = ProcessStatus("p", "prefill", "ready", "h:1", "m", "f", "1", 2.0, 1, pairs=(sender,))
+    monkeypatch.setattr(Client, "status", lambda _: (process,))
+    assert "4 sent" in run("status", "-s", gateway.address).stdout
+    monkeypatch.setattr(Client, "status", lambda _: (replace(process, pairs=()),))
+    assert "round trip" not in run("status", "-s", gateway.address).stdout
 
 
 def test_a_file_without_content_is_refused_before_any_request(gateway: CannedGateway, tmp_path: Path) -> None:

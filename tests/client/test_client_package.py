@@ -19,9 +19,9 @@ EXPORTED = """
 DEFAULT_ADDRESS Answer AsyncBlocks AsyncClient AsyncStream AsyncWarmStream Block BlockInfo BlockLocation BlockRole
 BlockSelector BlockSource BlockStats Blocks CancelledError Chunking Client Completed ConnectError
 DeadlineExceededError DeletedBlocks Document DrystoneError Event FinishReason GenerateOptions IncompatibleError
-InternalError InvalidRequestError Message ModelInfo NotFoundError NotSupportedError OverloadedError ProcessStatus
-Routing Sample SampleFinished Started Stream Template TextDelta Timeouts Timings TokenLogprob TopLogprob Truncation
-UnavailableError Usage WarmOptions WarmProgress WarmResult WarmStream WarmedDocument
+InternalError InvalidRequestError Message ModelInfo NotFoundError NotSupportedError OverloadedError PairStatus
+ProcessStatus Routing Sample SampleFinished Started Stream Template TextDelta Timeouts Timings TokenLogprob TopLogprob
+Truncation UnavailableError Usage WarmOptions WarmProgress WarmResult WarmStream WarmedDocument
 """
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import drystone
 from drystone import AsyncClient, Client, Completed, SampleFinished, Started, TextDelta
-from tests.client.canned_gateway import KEYS, failure
+from tests.client.canned_gateway import KEYS, canned_pair, failure
 
 if TYPE_CHECKING:
     from tests.client.canned_gateway import CannedGateway
@@ -168,6 +168,11 @@ def test_model_and_status(gateway: CannedGateway) -> None:
     assert caught.value.reason == "UNKNOWN_MODEL"
     assert [process.state for process in processes] == ["ready", "unspecified"]
     assert processes[1].values == {"pool_used_bytes": 3 << 20}
+    assert processes[0].pairs == ()
+    pair, sent = processes[1].pairs[0], canned_pair()
+    assert (pair.direction, pair.state) == ("receive", "open")
+    for name in set(sent.DESCRIPTOR.fields_by_name) - {"direction", "state"}:
+        assert getattr(pair, name) == getattr(sent, name)
 
 
 def test_a_long_answer_passes_both_limits(gateway: CannedGateway) -> None:

@@ -49,3 +49,18 @@ def test_port_zero_serves_nothing():
     metrics = Metrics(dict)
     metrics.serve("127.0.0.1", 0)
     metrics.close()
+
+
+def test_labelled_counters_count_several_at_once():
+    metrics = Metrics(dict, counters=["kv_chunks_resent"])
+    metrics.count("kv_chunks_resent", "LOST", 3)
+    metrics.count("kv_chunks_resent", "LOST")
+    assert metrics.registry.get_sample_value("drystone_kv_chunks_resent_total", {"reason": "LOST"}) == 4.0
+
+
+def test_every_histogram_has_buckets_of_its_unit():
+    metrics = Metrics(dict, HISTOGRAMS)
+    metrics.observe("kv_transfer_bandwidth_bytes_per_second", 3e9)
+    name = "drystone_kv_transfer_bandwidth_bytes_per_second_bucket"
+    assert metrics.registry.get_sample_value(name, {"le": "2e+09"}) == 0.0
+    assert metrics.registry.get_sample_value(name, {"le": "5e+09"}) == 1.0

@@ -39,7 +39,6 @@ from drystone._results import (
     BlockStats,
     FinishReason,
     ModelInfo,
-    ProcessStatus,
     Routing,
     Sample,
     Timings,
@@ -47,6 +46,7 @@ from drystone._results import (
     TopLogprob,
     Usage,
 )
+from drystone._status import PairStatus, ProcessStatus
 from drystone._warm_stream import WarmStream
 from drystone._warming import Chunking, WarmedDocument, WarmOptions, WarmProgress, WarmResult
 
@@ -85,6 +85,7 @@ __all__ = [
     "NotFoundError",
     "NotSupportedError",
     "OverloadedError",
+    "PairStatus",
     "ProcessStatus",
     "Routing",
     "Sample",

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from typing import Self, Unpack
 
     from drystone._prompts import Document, GenerateOptions
-    from drystone._results import Answer, ModelInfo, ProcessStatus
+    from drystone._results import Answer, ModelInfo
+    from drystone._status import ProcessStatus
     from drystone._warming import WarmOptions
 
 _Request = TypeVar("_Request")

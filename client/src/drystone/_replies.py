@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from drystone import _events as events
 from drystone import _results as results
+from drystone import _status as status
 from drystone.v1 import generation_pb2, operations_pb2, prompt_pb2, sampling_pb2, statistics_pb2
 
 if TYPE_CHECKING:
@@ -45,10 +46,10 @@ def model_info(reply: generation_pb2.GetModelResponse) -> results.ModelInfo:
     )
 
 
-def processes(reply: operations_pb2.GetStatusResponse) -> tuple[results.ProcessStatus, ...]:
+def processes(reply: operations_pb2.GetStatusResponse) -> tuple[status.ProcessStatus, ...]:
     """What GetStatus said: the gateway first, then every worker."""
     return tuple(
-        results.ProcessStatus(
+        status.ProcessStatus(
             worker_id=process.worker_id,
             role=enum_name(operations_pb2.ProcessRole, "PROCESS_ROLE_", process.role),
             state=enum_name(operations_pb2.ProcessState, "PROCESS_STATE_", process.state),
@@ -60,8 +61,32 @@ def processes(reply: operations_pb2.GetStatusResponse) -> tuple[results.ProcessS
             incarnation=process.incarnation,
             values={value.name: value.value for value in process.values},
             detail=process.detail,
+            pairs=tuple(map(_pair, process.pairs)),
         )
         for process in reply.processes
+    )
+
+
+def _pair(pair: operations_pb2.PairStatus) -> status.PairStatus:
+    return status.PairStatus(
+        peer=pair.peer,
+        address=pair.address,
+        direction=enum_name(operations_pb2.PairDirection, "PAIR_DIRECTION_", pair.direction),
+        transport=pair.transport,
+        curve=pair.curve,
+        state=enum_name(operations_pb2.PairState, "PAIR_STATE_", pair.state),
+        bytes_total=pair.bytes_total,
+        chunks_total=pair.chunks_total,
+        resent_total=pair.resent_total,
+        refused_total=pair.refused_total,
+        outstanding_bytes=pair.outstanding_bytes,
+        credit_free_bytes=pair.credit_free_bytes,
+        credit_wait_seconds_total=pair.credit_wait_seconds_total,
+        bandwidth_bytes_per_second=pair.bandwidth_bytes_per_second,
+        round_trip_seconds=pair.round_trip_seconds,
+        fallbacks_total=pair.fallbacks_total,
+        last_error=pair.last_error,
+        age_seconds=pair.age_seconds,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -189,20 +189,3 @@ class ModelInfo:
     template: str
     aliases: tuple[str, ...] = ()
     sliding_window_layers: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessStatus:
-    """One process of the cluster; the units of `values` are in their names."""
-
-    worker_id: str
-    role: str
-    state: str
-    address: str
-    model: str
-    model_fingerprint: str
-    version: str
-    uptime_seconds: float
-    incarnation: int
-    values: dict[str, float] = field(default_factory=dict)
-    detail: str = ""

@@ -11,13 +11,14 @@ from rich.text import Text
 
 from drystone import DEFAULT_ADDRESS, Client, ProcessStatus
 from drystone.cli.console import JsonOption, ServerOption, telling_errors
+from drystone.cli.pairs_view import pairs_table
 from drystone.cli.summary import human_bytes
 
 _WIDTH_WHEN_PIPED = 200
 
 
 def status(server: ServerOption = DEFAULT_ADDRESS, as_json: JsonOption = False) -> None:
-    """Shows the gateway and every worker: state, address, model, and figures.
+    """Shows the gateway and every worker: state, address, model, figures, and the pairs that KV travels between.
 
     \b
     Examples:
@@ -36,6 +37,8 @@ def status(server: ServerOption = DEFAULT_ADDRESS, as_json: JsonOption = False) 
     console.print(_processes(processes))
     if any(process.values for process in processes):
         console.print(_figures(processes))
+    if any(process.pairs for process in processes):
+        console.print(pairs_table(processes))
 
 
 def _as_dict(process: ProcessStatus) -> dict[str, object]:

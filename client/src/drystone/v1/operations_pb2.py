@@ -26,29 +26,35 @@ from drystone.v1 import generation_pb2 as drystone_dot_v1_dot_generation__pb2
 from drystone.v1 import statistics_pb2 as drystone_dot_v1_dot_statistics__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x64rystone/v1/operations.proto\x12\x0b\x64rystone.v1\x1a\x1c\x64rystone/v1/generation.proto\x1a\x1c\x64rystone/v1/statistics.proto\"*\n\x0bStatusValue\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\xa7\x02\n\rProcessStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12&\n\x04role\x18\x02 \x01(\x0e\x32\x18.drystone.v1.ProcessRole\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.drystone.v1.ProcessState\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\x06\x12\r\n\x05model\x18\x06 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\t\x12\x16\n\x0euptime_seconds\x18\t \x01(\x01\x12(\n\x06values\x18\n \x03(\x0b\x32\x18.drystone.v1.StatusValue\x12\x0e\n\x06\x64\x65tail\x18\x0b \x01(\t\"\x12\n\x10GetStatusRequest\"B\n\x11GetStatusResponse\x12-\n\tprocesses\x18\x01 \x03(\x0b\x32\x1a.drystone.v1.ProcessStatus\"?\n\x0e\x45xplainRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.drystone.v1.GenerateRequest\"{\n\x0f\x45xplainResponse\x12\'\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x17.drystone.v1.BlockStats\x12*\n\x07routing\x18\x02 \x01(\x0b\x32\x19.drystone.v1.RoutingStats\x12\x13\n\x0b\x62lock_texts\x18\x03 \x03(\t*x\n\x0bProcessRole\x12\x1c\n\x18PROCESS_ROLE_UNSPECIFIED\x10\x00\x12\x18\n\x14PROCESS_ROLE_GATEWAY\x10\x01\x12\x18\n\x14PROCESS_ROLE_PREFILL\x10\x02\x12\x17\n\x13PROCESS_ROLE_DECODE\x10\x03*\xb9\x01\n\x0cProcessState\x12\x1d\n\x19PROCESS_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16PROCESS_STATE_STARTING\x10\x01\x12\x17\n\x13PROCESS_STATE_READY\x10\x02\x12\x1a\n\x16PROCESS_STATE_DRAINING\x10\x03\x12\x1d\n\x19PROCESS_STATE_UNREACHABLE\x10\x04\x12\x1a\n\x16PROCESS_STATE_UNUSABLE\x10\x05\x32\x9e\x01\n\nOperations\x12J\n\tGetStatus\x12\x1d.drystone.v1.GetStatusRequest\x1a\x1e.drystone.v1.GetStatusResponse\x12\x44\n\x07\x45xplain\x12\x1b.drystone.v1.ExplainRequest\x1a\x1c.drystone.v1.ExplainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x64rystone/v1/operations.proto\x12\x0b\x64rystone.v1\x1a\x1c\x64rystone/v1/generation.proto\x1a\x1c\x64rystone/v1/statistics.proto\"*\n\x0bStatusValue\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\xd6\x03\n\nPairStatus\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12-\n\tdirection\x18\x03 \x01(\x0e\x32\x1a.drystone.v1.PairDirection\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\r\n\x05\x63urve\x18\x05 \x01(\x08\x12%\n\x05state\x18\x06 \x01(\x0e\x32\x16.drystone.v1.PairState\x12\x13\n\x0b\x62ytes_total\x18\x07 \x01(\x04\x12\x14\n\x0c\x63hunks_total\x18\x08 \x01(\x04\x12\x14\n\x0cresent_total\x18\t \x01(\x04\x12\x15\n\rrefused_total\x18\n \x01(\x04\x12\x19\n\x11outstanding_bytes\x18\x0b \x01(\x04\x12\x19\n\x11\x63redit_free_bytes\x18\x0c \x01(\x04\x12!\n\x19\x63redit_wait_seconds_total\x18\r \x01(\x01\x12\"\n\x1a\x62\x61ndwidth_bytes_per_second\x18\x0e \x01(\x01\x12\x1a\n\x12round_trip_seconds\x18\x0f \x01(\x01\x12\x17\n\x0f\x66\x61llbacks_total\x18\x10 \x01(\x04\x12\x12\n\nlast_error\x18\x11 \x01(\t\x12\x13\n\x0b\x61ge_seconds\x18\x12 \x01(\x01\"\xcf\x02\n\rProcessStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12&\n\x04role\x18\x02 \x01(\x0e\x32\x18.drystone.v1.ProcessRole\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.drystone.v1.ProcessState\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\x06\x12\r\n\x05model\x18\x06 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\t\x12\x16\n\x0euptime_seconds\x18\t \x01(\x01\x12(\n\x06values\x18\n \x03(\x0b\x32\x18.drystone.v1.StatusValue\x12\x0e\n\x06\x64\x65tail\x18\x0b \x01(\t\x12&\n\x05pairs\x18\x0c \x03(\x0b\x32\x17.drystone.v1.PairStatus\"\x12\n\x10GetStatusRequest\"B\n\x11GetStatusResponse\x12-\n\tprocesses\x18\x01 \x03(\x0b\x32\x1a.drystone.v1.ProcessStatus\"?\n\x0e\x45xplainRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.drystone.v1.GenerateRequest\"{\n\x0f\x45xplainResponse\x12\'\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x17.drystone.v1.BlockStats\x12*\n\x07routing\x18\x02 \x01(\x0b\x32\x19.drystone.v1.RoutingStats\x12\x13\n\x0b\x62lock_texts\x18\x03 \x03(\t*x\n\x0bProcessRole\x12\x1c\n\x18PROCESS_ROLE_UNSPECIFIED\x10\x00\x12\x18\n\x14PROCESS_ROLE_GATEWAY\x10\x01\x12\x18\n\x14PROCESS_ROLE_PREFILL\x10\x02\x12\x17\n\x13PROCESS_ROLE_DECODE\x10\x03*\xb9\x01\n\x0cProcessState\x12\x1d\n\x19PROCESS_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16PROCESS_STATE_STARTING\x10\x01\x12\x17\n\x13PROCESS_STATE_READY\x10\x02\x12\x1a\n\x16PROCESS_STATE_DRAINING\x10\x03\x12\x1d\n\x19PROCESS_STATE_UNREACHABLE\x10\x04\x12\x1a\n\x16PROCESS_STATE_UNUSABLE\x10\x05*d\n\rPairDirection\x12\x1e\n\x1aPAIR_DIRECTION_UNSPECIFIED\x10\x00\x12\x17\n\x13PAIR_DIRECTION_SEND\x10\x01\x12\x1a\n\x16PAIR_DIRECTION_RECEIVE\x10\x02*\x81\x01\n\tPairState\x12\x1a\n\x16PAIR_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13PAIR_STATE_GREETING\x10\x01\x12\x13\n\x0fPAIR_STATE_OPEN\x10\x02\x12\x13\n\x0fPAIR_STATE_IDLE\x10\x03\x12\x15\n\x11PAIR_STATE_BROKEN\x10\x04\x32\x9e\x01\n\nOperations\x12J\n\tGetStatus\x12\x1d.drystone.v1.GetStatusRequest\x1a\x1e.drystone.v1.GetStatusResponse\x12\x44\n\x07\x45xplain\x12\x1b.drystone.v1.ExplainRequest\x1a\x1c.drystone.v1.ExplainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'drystone.v1.operations_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PROCESSROLE']._serialized_start=725
-  _globals['_PROCESSROLE']._serialized_end=845
-  _globals['_PROCESSSTATE']._serialized_start=848
-  _globals['_PROCESSSTATE']._serialized_end=1033
+  _globals['_PROCESSROLE']._serialized_start=1238
+  _globals['_PROCESSROLE']._serialized_end=1358
+  _globals['_PROCESSSTATE']._serialized_start=1361
+  _globals['_PROCESSSTATE']._serialized_end=1546
+  _globals['_PAIRDIRECTION']._serialized_start=1548
+  _globals['_PAIRDIRECTION']._serialized_end=1648
+  _globals['_PAIRSTATE']._serialized_start=1651
+  _globals['_PAIRSTATE']._serialized_end=1780
   _globals['_STATUSVALUE']._serialized_start=105
   _globals['_STATUSVALUE']._serialized_end=147
-  _globals['_PROCESSSTATUS']._serialized_start=150
-  _globals['_PROCESSSTATUS']._serialized_end=445
-  _globals['_GETSTATUSREQUEST']._serialized_start=447
-  _globals['_GETSTATUSREQUEST']._serialized_end=465
-  _globals['_GETSTATUSRESPONSE']._serialized_start=467
-  _globals['_GETSTATUSRESPONSE']._serialized_end=533
-  _globals['_EXPLAINREQUEST']._serialized_start=535
-  _globals['_EXPLAINREQUEST']._serialized_end=598
-  _globals['_EXPLAINRESPONSE']._serialized_start=600
-  _globals['_EXPLAINRESPONSE']._serialized_end=723
-  _globals['_OPERATIONS']._serialized_start=1036
-  _globals['_OPERATIONS']._serialized_end=1194
+  _globals['_PAIRSTATUS']._serialized_start=150
+  _globals['_PAIRSTATUS']._serialized_end=620
+  _globals['_PROCESSSTATUS']._serialized_start=623
+  _globals['_PROCESSSTATUS']._serialized_end=958
+  _globals['_GETSTATUSREQUEST']._serialized_start=960
+  _globals['_GETSTATUSREQUEST']._serialized_end=978
+  _globals['_GETSTATUSRESPONSE']._serialized_start=980
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1046
+  _globals['_EXPLAINREQUEST']._serialized_start=1048
+  _globals['_EXPLAINREQUEST']._serialized_end=1111
+  _globals['_EXPLAINRESPONSE']._serialized_start=1113
+  _globals['_EXPLAINRESPONSE']._serialized_end=1236
+  _globals['_OPERATIONS']._serialized_start=1783
+  _globals['_OPERATIONS']._serialized_end=1941
 # @@protoc_insertion_point(module_scope)

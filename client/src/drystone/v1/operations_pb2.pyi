@@ -85,6 +85,62 @@ PROCESS_STATE_UNUSABLE: ProcessState.ValueType  # 5
 """Answers, but may not be used; `detail` says why."""
 Global___ProcessState: _TypeAlias = ProcessState  # noqa: Y015
 
+class _PairDirection:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PairDirectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PairDirection.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PAIR_DIRECTION_UNSPECIFIED: _PairDirection.ValueType  # 0
+    """Not said."""
+    PAIR_DIRECTION_SEND: _PairDirection.ValueType  # 1
+    """To the peer."""
+    PAIR_DIRECTION_RECEIVE: _PairDirection.ValueType  # 2
+    """From the peer."""
+
+class PairDirection(_PairDirection, metaclass=_PairDirectionEnumTypeWrapper):
+    """Which way KV travels between a process and its peer."""
+
+PAIR_DIRECTION_UNSPECIFIED: PairDirection.ValueType  # 0
+"""Not said."""
+PAIR_DIRECTION_SEND: PairDirection.ValueType  # 1
+"""To the peer."""
+PAIR_DIRECTION_RECEIVE: PairDirection.ValueType  # 2
+"""From the peer."""
+Global___PairDirection: _TypeAlias = PairDirection  # noqa: Y015
+
+class _PairState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PairStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PairState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PAIR_STATE_UNSPECIFIED: _PairState.ValueType  # 0
+    """Not said."""
+    PAIR_STATE_GREETING: _PairState.ValueType  # 1
+    """Waits for the peer to agree that KV may flow."""
+    PAIR_STATE_OPEN: _PairState.ValueType  # 2
+    """Has transfers under way."""
+    PAIR_STATE_IDLE: _PairState.ValueType  # 3
+    """Open, without transfers."""
+    PAIR_STATE_BROKEN: _PairState.ValueType  # 4
+    """Given up; `last_error` says why. The next transfer makes another."""
+
+class PairState(_PairState, metaclass=_PairStateEnumTypeWrapper):
+    """What a pair does."""
+
+PAIR_STATE_UNSPECIFIED: PairState.ValueType  # 0
+"""Not said."""
+PAIR_STATE_GREETING: PairState.ValueType  # 1
+"""Waits for the peer to agree that KV may flow."""
+PAIR_STATE_OPEN: PairState.ValueType  # 2
+"""Has transfers under way."""
+PAIR_STATE_IDLE: PairState.ValueType  # 3
+"""Open, without transfers."""
+PAIR_STATE_BROKEN: PairState.ValueType  # 4
+"""Given up; `last_error` says why. The next transfer makes another."""
+Global___PairState: _TypeAlias = PairState  # noqa: Y015
+
 @_typing.final
 class StatusValue(_message.Message):
     """One figure of a process. Names, units and help texts are those of docs/status.md."""
@@ -112,6 +168,96 @@ class StatusValue(_message.Message):
 Global___StatusValue: _TypeAlias = StatusValue  # noqa: Y015
 
 @_typing.final
+class PairStatus(_message.Message):
+    """One end of a pair: a worker and another one that it ships KV to or takes it from. Counts begin with the pair."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    DIRECTION_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    CURVE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    CHUNKS_TOTAL_FIELD_NUMBER: _builtins.int
+    RESENT_TOTAL_FIELD_NUMBER: _builtins.int
+    REFUSED_TOTAL_FIELD_NUMBER: _builtins.int
+    OUTSTANDING_BYTES_FIELD_NUMBER: _builtins.int
+    CREDIT_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    CREDIT_WAIT_SECONDS_TOTAL_FIELD_NUMBER: _builtins.int
+    BANDWIDTH_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    ROUND_TRIP_SECONDS_FIELD_NUMBER: _builtins.int
+    FALLBACKS_TOTAL_FIELD_NUMBER: _builtins.int
+    LAST_ERROR_FIELD_NUMBER: _builtins.int
+    AGE_SECONDS_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    """Id of the worker at the other end."""
+    address: _builtins.str
+    """Address that KV travels to; of a sender where it is known."""
+    direction: Global___PairDirection.ValueType
+    """Which way."""
+    transport: _builtins.str
+    """How: "zmq-tcp", "zmq-ipc", "nccl" or "gloo"."""
+    curve: _builtins.bool
+    """True where CURVE encrypts and authenticates it."""
+    state: Global___PairState.ValueType
+    """What it does."""
+    bytes_total: _builtins.int
+    """KV bytes of chunks, those sent again among them. A receiver counts those that it took."""
+    chunks_total: _builtins.int
+    """Those chunks."""
+    resent_total: _builtins.int
+    """Chunks among them that were sent again. Senders only."""
+    refused_total: _builtins.int
+    """Chunks that were refused. Receivers only."""
+    outstanding_bytes: _builtins.int
+    """Bytes sent that the receiver has not dealt with yet, as far as this end knows."""
+    credit_free_bytes: _builtins.int
+    """Bytes that may be sent now."""
+    credit_wait_seconds_total: _builtins.float
+    """Seconds in which a chunk was ready and there was no credit for it. Senders only."""
+    bandwidth_bytes_per_second: _builtins.float
+    """Bytes a second while chunks were on their way, recent ones counting more; 0 while not known. Senders only."""
+    round_trip_seconds: _builtins.float
+    """Seconds from the last Ping to its Pong, behind whatever data was before it; 0 while not known. Senders only."""
+    fallbacks_total: _builtins.int
+    """Times that transfers went on over another transport than the one chosen."""
+    last_error: _builtins.str
+    """Last thing that went wrong, in words; empty when nothing has."""
+    age_seconds: _builtins.float
+    """Seconds since it was made."""
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        address: _builtins.str = ...,
+        direction: Global___PairDirection.ValueType = ...,
+        transport: _builtins.str = ...,
+        curve: _builtins.bool = ...,
+        state: Global___PairState.ValueType = ...,
+        bytes_total: _builtins.int = ...,
+        chunks_total: _builtins.int = ...,
+        resent_total: _builtins.int = ...,
+        refused_total: _builtins.int = ...,
+        outstanding_bytes: _builtins.int = ...,
+        credit_free_bytes: _builtins.int = ...,
+        credit_wait_seconds_total: _builtins.float = ...,
+        bandwidth_bytes_per_second: _builtins.float = ...,
+        round_trip_seconds: _builtins.float = ...,
+        fallbacks_total: _builtins.int = ...,
+        last_error: _builtins.str = ...,
+        age_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "age_seconds", b"age_seconds", "bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "bytes_total", b"bytes_total", "chunks_total", b"chunks_total", "credit_free_bytes", b"credit_free_bytes", "credit_wait_seconds_total", b"credit_wait_seconds_total", "curve", b"curve", "direction", b"direction", "fallbacks_total", b"fallbacks_total", "last_error", b"last_error", "outstanding_bytes", b"outstanding_bytes", "peer", b"peer", "refused_total", b"refused_total", "resent_total", b"resent_total", "round_trip_seconds", b"round_trip_seconds", "state", b"state", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PairStatus: _TypeAlias = PairStatus  # noqa: Y015
+
+@_typing.final
 class ProcessStatus(_message.Message):
     """One process."""
 
@@ -128,6 +274,7 @@ class ProcessStatus(_message.Message):
     UPTIME_SECONDS_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Id that is stable over the process's life."""
     role: Global___ProcessRole.ValueType
@@ -152,6 +299,10 @@ class ProcessStatus(_message.Message):
     def values(self) -> _containers.RepeatedCompositeFieldContainer[Global___StatusValue]:
         """Figures."""
 
+    @_builtins.property
+    def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PairStatus]:
+        """Pairs that it ships KV to or takes it from, as it sees them."""
+
     def __init__(
         self,
         *,
@@ -166,10 +317,11 @@ class ProcessStatus(_message.Message):
         uptime_seconds: _builtins.float = ...,
         values: _abc.Iterable[Global___StatusValue] | None = ...,
         detail: _builtins.str = ...,
+        pairs: _abc.Iterable[Global___PairStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "detail", b"detail", "incarnation", b"incarnation", "model", b"model", "model_fingerprint", b"model_fingerprint", "role", b"role", "state", b"state", "uptime_seconds", b"uptime_seconds", "values", b"values", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "detail", b"detail", "incarnation", b"incarnation", "model", b"model", "model_fingerprint", b"model_fingerprint", "pairs", b"pairs", "role", b"role", "state", b"state", "uptime_seconds", b"uptime_seconds", "values", b"values", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
