@@ -88,6 +88,7 @@ class Link:
         self._nonce = 0
         self._greeted_at = self._hello_at = self._progress_at = self._heard_at = self._used_at = now
         self._asked_at = now
+        self._expecting = False
         self._garbled = ""
         self._window = 0
         self._log = logs.get("link")
@@ -105,8 +106,6 @@ class Link:
 
     def begin(self, transfer: Outgoing, now: float) -> None:
         """Takes a transfer; it ends by itself, or with the link."""
-        if not self._transfers:
-            self._progress_at = self._heard_at = now
         self._used_at = now
         self._transfers[transfer.number] = transfer
         self._turns.append(transfer)
@@ -133,12 +132,14 @@ class Link:
                 continue
             self._turns.append(transfer)
             if transfer.waits_for_credit:
+                self._expect(now)
                 self._turns.rotate(1)  # it is the first when credit comes
                 return
             if message is None:
                 without += 1
                 continue
             without = 0
+            self._expect(now)
             self._send_piece(*message)
             self._used_at = now
 
@@ -202,10 +203,11 @@ class Link:
                 self._send(TransferHeader(hello=self._hello))
             return min(HELLO_AGAIN_SECONDS, self._timeout) / 4
         if self.state is State.BROKEN or not self._transfers:
+            self._expecting = False
             return IDLE_SECONDS
         waits_for_credit = any(one.waits_for_credit for one in self._transfers.values())
         if not waits_for_credit and not any(one.wants_answers for one in self._transfers.values()):
-            self._progress_at = self._heard_at = now  # sources are behind; nothing is expected of the receiver
+            self._expecting = False  # sources are behind
             return IDLE_SECONDS
         if now - self._progress_at > self._timeout:
             what = "no credit from the decode worker" if waits_for_credit else "no progress of a transfer"
@@ -270,6 +272,12 @@ class Link:
         else:
             name = self.receiver.worker_id
             self.break_off(refused_pair(name, refused.reason, refused.message, refused.field))
+
+    def _expect(self, now: float) -> None:
+        """Something is expected of the receiver; where nothing was until now, its time begins."""
+        if not self._expecting:
+            self._expecting = True
+            self._progress_at = self._heard_at = self._asked_at = now
 
     def _ping(self, now: float) -> None:
         """Asks what was lost: soon when nothing is heard, once in a while when answers come to other chunks."""
