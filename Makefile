@@ -12,7 +12,7 @@ BASE ?= HEAD~1
 PEERS ?= vllm
 # JSON Lines of questions with documents (title, text), for `bench-store` and `proof`.
 QUESTIONS ?= ../shared/data/hotpotqa-100.jsonl
-# More arguments for `serve`, `demo`, `check` and `bench-engine`, and for pytest.
+# More arguments for `serve`, `demo`, `check` and the benchmarks, and for pytest.
 ARGS ?=
 PYTEST_ARGS ?=
 
@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env protos protos-check docs lint test demo serve check proof bench-store bench-engine clean
+.PHONY: help env protos protos-check docs lint test demo serve check proof bench-store bench-engine bench-transport clean
 
 help: ## List the targets
 	@echo 'make TARGET [PYTHON=python3] [VENV=.venv] [ARGS=...] [PYTEST_ARGS=...]'
@@ -100,6 +100,9 @@ bench-store: env ## Time encoding beside transformers, a restart from disk, and 
 bench-engine: env ## Time Drystone beside other servers, installed where absent: PEERS="vllm llama.cpp"
 	@$(BIN)/python -m tests.load.peers install $(PEERS) || echo 'bench-engine: going on without it' >&2
 	@$(BIN)/python -m tests.load.engine_figures --peers '$(PEERS)' $(ARGS)
+
+bench-transport: env ## Time shipping KV beside plain sockets and bare pyzmq
+	@$(BIN)/python -m tests.load.transport_figures $(ARGS)
 
 clean: ## Remove the virtual environment, caches and build outputs
 	@rm -rf $(VENV) build dist client/build client/dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

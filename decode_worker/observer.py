@@ -1,4 +1,4 @@
-"""Times and counts of the engine, for Prometheus; names after vLLM's (docs/status.md)."""
+"""Times and counts of the engine, for Prometheus, names after vLLM's (docs/status.md), and a span of each request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from decode_worker.request import Request
 from decode_worker.sample import Sample
 from decode_worker.scheduler import StepEntry
+from shared.errors import REASONS
 from shared.metrics import Metrics
+from shared.tracing import NO_TRACING, Tracing
 
 HISTOGRAMS = (
     "time_to_first_token_seconds",
@@ -24,6 +26,9 @@ HISTOGRAMS = (
     "step_time_decode_seconds",
 )
 
+# `ended` has these in lower case beside finish reasons; leaving is no error.
+_ERRORS = frozenset(reason.lower() for reason in REASONS) - {"cancelled"}
+
 
 class Observer:
     """Sees what the engine does. Without metrics it only counts.
@@ -32,8 +37,9 @@ class Observer:
         ended_by_reason: Requests by how they ended.
     """
 
-    def __init__(self, metrics: Metrics | None = None) -> None:
+    def __init__(self, metrics: Metrics | None = None, tracing: Tracing = NO_TRACING) -> None:
         self._metrics = metrics
+        self._tracing = tracing
         self._last_token: dict[Sample, float] = {}
         self.ended_by_reason: Counter[str] = Counter()
         self.prompt_tokens_total = 0
@@ -65,6 +71,7 @@ class Observer:
             self._observe("request_decode_time_seconds", time.monotonic() - request.first_token)
         for sample in request.samples:
             self._last_token.pop(sample, None)
+        self._trace(request, reason)
 
     def step(self, entries: Sequence[StepEntry], seconds: float) -> None:
         """A step has run."""
@@ -72,6 +79,29 @@ class Observer:
         kind = "decode" if max(rows) == 1 else "mixed" if min(rows) == 1 else "prefill"
         self._observe("iteration_tokens", sum(rows))
         self._observe(f"step_time_{kind}_seconds", seconds)
+
+    def _trace(self, request: Request, reason: str) -> None:
+        happened = (
+            ("admitted", request.admitted),
+            ("fetched", request.fetched),
+            ("first token", request.first_token),
+        )
+        self._tracing.record(
+            "decode",
+            request.traceparent,
+            request.arrived,
+            time.monotonic(),
+            {
+                "request_id": request.request_id,
+                "ended": reason,
+                "blocks": len(request.blocks),
+                "prompt_tokens": request.prompt_tokens,
+                "tail_tokens_reused": request.tail_tokens_reused,
+                "steps": request.steps,
+            },
+            events=[(name, at) for name, at in happened if at],
+            error=reason if reason in _ERRORS else "",
+        )
 
     def _observe(self, name: str, value: float) -> None:
         if self._metrics is not None:

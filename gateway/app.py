@@ -26,6 +26,7 @@ from shared.metrics import Metrics
 from shared.model.fingerprint import tokenizer_fingerprint
 from shared.rpc.server import RpcServer
 from shared.runtime import cancelled, host_name
+from shared.tracing import Tracing
 
 _READINESS_SECONDS = 0.2
 
@@ -68,6 +69,8 @@ class GatewayApp:
             tokenizer_fingerprint=self._tokenizer_fingerprint,
         )
         self._metrics = Metrics(self._figures, _HISTOGRAMS)
+        gateway_id = f"gateway@{host_name()}"
+        self._tracing = Tracing("gateway", gateway_id, settings.otlp_endpoint, settings.trace_sample_ratio)
         tenants = Tenants(share_blocks=settings.share_blocks, secret=settings.tenant_secret.get_secret_value())
         planning = Planning(
             self.cluster,
@@ -101,8 +104,9 @@ class GatewayApp:
             blocks=BlockLife(self.cluster, tenants),
             policy=FetchPolicy(settings.fetch_attempts, settings.fetch_timeout_seconds),
             max_requests=settings.max_requests,
+            tracing=self._tracing,
         )
-        self._operations = OperationsService(self.cluster, self.generation, f"gateway@{host_name()}")
+        self._operations = OperationsService(self.cluster, self.generation, gateway_id)
 
         def register(server: grpc.aio.Server) -> None:
             add_GenerationServicer_to_server(self.generation, server)
@@ -138,6 +142,7 @@ class GatewayApp:
             await self.server.stop(grace_seconds)
             await self.cluster.close()
             self._metrics.close()
+            await asyncio.to_thread(self._tracing.close)
 
     def _figures(self) -> Mapping[str, float]:
         return self.generation.figures()

@@ -19,6 +19,7 @@ from shared.internal.v1.common_pb2 import BlockFailure, KvEndpoint, Reservation
 from shared.internal.v1.decode_pb2 import EncodeHere, FetchFailed, GenerateRequest, Missing
 from shared.internal.v1.prefill_pb2 import BlockDone, EncodeBlocksRequest, EncodeBlocksResponse, EncodeJob
 from shared.rpc.errors import from_rpc_error
+from shared.tracing import NO_TRACING, Span, Tracing, Value
 
 CALL_ID = 1
 _SETTLE_SECONDS = 0.5
@@ -64,16 +65,23 @@ class Fetcher:
         ticket: The request.
         send: Sends a message to the decode worker.
         policy: How hard fetches are tried.
+        tracing: Makes a span of each call of a prefill worker.
     """
 
     def __init__(
-        self, cluster: Cluster, ticket: Ticket, send: Callable[[GenerateRequest], None], policy: FetchPolicy
+        self,
+        cluster: Cluster,
+        ticket: Ticket,
+        send: Callable[[GenerateRequest], None],
+        policy: FetchPolicy,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self._cluster = cluster
         self._ticket = ticket
         self._blocks = {bytes(ref.key): ref for ref in ticket.refs}
         self._send = send
         self._policy = policy
+        self._tracing = tracing
         self._tasks: set[asyncio.Task[None]] = set()
         self._timers: dict[bytes, asyncio.TimerHandle] = {}
         self._arrived = False
@@ -152,19 +160,23 @@ class Fetcher:
         left = {one.key: one for one in group}
         worker.load += len(left)
         try:
-            problem = await self._listen(worker, left)
+            about: dict[str, Value] = {"worker": worker.worker_id, "blocks": len(left)}
+            with self._tracing.span("fetch", self._ticket.traceparent, **about) as span:
+                problem = await self._listen(worker, left, span)
+                for one in left.values():
+                    span.event("failed", key=one.key.hex(), reason=problem.reason, detail=problem.message)
         finally:
             worker.load -= len(left)
         self._next(list(left.values()), worker, problem)
 
-    async def _listen(self, worker: Worker, left: dict[bytes, _Wanted]) -> BlockFailure:
+    async def _listen(self, worker: Worker, left: dict[bytes, _Wanted], span: Span) -> BlockFailure:
         """Takes what ends out of `left` as it ends; returns what is wrong with the rest."""
         try:
             async with asyncio.timeout(min(self._policy.timeout_seconds, self._seconds_left())):
-                call = worker.prefill().EncodeBlocks(self._request(left.values()))
+                call = worker.prefill().EncodeBlocks(self._request(left.values(), span.traceparent))
                 try:
                     async for response in call:
-                        self._take(response, worker, left)
+                        self._take(response, worker, left, span)
                 finally:
                     call.cancel()
         except TimeoutError:
@@ -178,7 +190,7 @@ class Fetcher:
             return BlockFailure(reason=Reason.INTERNAL, message=f"{type(error).__name__} at the gateway")
         return BlockFailure(message="ended without saying what became of it")
 
-    def _take(self, response: EncodeBlocksResponse, worker: Worker, left: dict[bytes, _Wanted]) -> None:
+    def _take(self, response: EncodeBlocksResponse, worker: Worker, left: dict[bytes, _Wanted], span: Span) -> None:
         kind = response.WhichOneof("outcome")
         if kind is None:
             return
@@ -187,7 +199,9 @@ class Fetcher:
             return  # not asked for here, or told twice
         worker.load -= 1
         if kind == "failed":
-            self._next([one], worker, response.failed)
+            failed = response.failed
+            span.event("failed", key=one.key.hex(), reason=failed.reason, detail=failed.message)
+            self._next([one], worker, failed)
             return
         self.records[one.key].done, self.records[one.key].worker_id = response.done, worker.worker_id
         self._expect(one)
@@ -226,11 +240,11 @@ class Fetcher:
     def _seconds_left(self) -> float:
         return self._ticket.deadline - time.monotonic()
 
-    def _request(self, wanted: Iterable[_Wanted]) -> EncodeBlocksRequest:
+    def _request(self, wanted: Iterable[_Wanted], traceparent: str) -> EncodeBlocksRequest:
         asked = list(wanted)
         return EncodeBlocksRequest(
             request_id=self._ticket.request_id,
-            traceparent=self._ticket.traceparent,
+            traceparent=traceparent,
             time_left_ms=max(1, int(self._seconds_left() * 1e3)),
             jobs=[EncodeJob(block=self._blocks[one.key], reservation=one.reservation) for one in asked],
             endpoint=asked[0].endpoint,

@@ -24,6 +24,7 @@ from shared.internal.v1.decode_pb2 import GenerateRequest, GenerateResponse, Ope
 from shared.kv.tails import SEGMENT_TOKENS, chain, root_key
 from shared.metrics import Metrics
 from shared.rpc.errors import from_rpc_error
+from shared.tracing import NO_TRACING, Tracing
 
 if TYPE_CHECKING:
     Call = grpc.aio.StreamStreamCall[GenerateRequest, GenerateResponse]
@@ -33,7 +34,7 @@ _BACKSTOP_SECONDS = 2.0
 
 
 async def relay(
-    ticket: Ticket, cluster: Cluster, policy: FetchPolicy, metrics: Metrics
+    ticket: Ticket, cluster: Cluster, policy: FetchPolicy, metrics: Metrics, tracing: Tracing = NO_TRACING
 ) -> AsyncGenerator[v1.GenerateResponse]:
     """Runs a planned request and yields its events, Started once it is admitted.
 
@@ -43,7 +44,7 @@ async def relay(
     account = Account(ticket, routing, metrics)
     outbox: asyncio.Queue[GenerateRequest] = asyncio.Queue()
     outbox.put_nowait(GenerateRequest(call_id=CALL_ID, open=_open(ticket, worker)))
-    fetcher = Fetcher(cluster, ticket, outbox.put_nowait, policy)
+    fetcher = Fetcher(cluster, ticket, outbox.put_nowait, policy, tracing)
     worker.load += 1
     # No deadline on the call itself: the worker's own answer says what it was waiting for.
     call = worker.decode().Generate(_drain(outbox))

@@ -21,6 +21,7 @@ from gateway.warming import Warming
 from shared import logs
 from shared.errors import DrystoneError, Reason
 from shared.metrics import Metrics
+from shared.tracing import NO_TRACING, Span, Tracing
 
 # Calls beside Generate that run at once.
 MAX_OPERATIONS = 64
@@ -38,6 +39,7 @@ class GenerationService(GenerationServicer):
         blocks: What operators do to blocks.
         policy: How hard fetches are tried.
         max_requests: Requests served at once.
+        tracing: Makes their spans.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class GenerationService(GenerationServicer):
         blocks: BlockLife,
         policy: FetchPolicy,
         max_requests: int,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self._cluster = cluster
         self._planning = planning
@@ -58,6 +61,7 @@ class GenerationService(GenerationServicer):
         self._blocks = blocks
         self._policy = policy
         self._max_requests = max_requests
+        self._tracing = tracing
         self._log = logs.get("generation")
         self.running = self.total = self.failed = 0
         self._operations = 0
@@ -65,20 +69,24 @@ class GenerationService(GenerationServicer):
     async def Generate(self, request: v1.GenerateRequest, context: Context) -> AsyncIterator[v1.GenerateResponse]:
         """Answers one prompt as a stream of events."""
         arrived = time.monotonic()
-        metadata = dict(context.invocation_metadata() or ())
-        traceparent = str(metadata.get("traceparent") or logs.new_traceparent())
         request_id = request.request_id or f"req-{secrets.token_hex(8)}"
         self.total += 1
         self._admit()
         self.running += 1
         try:
-            with logs.request_scope(request_id, traceparent):
+            with (
+                self._tracing.span("generate", _traceparent(context), request_id=request_id) as span,
+                logs.request_scope(request_id, span.traceparent),
+            ):
                 self._check_model(request.model)
                 left = context.time_remaining()
-                ticket = await self._planning.ticket(request, request_id, traceparent, arrived, left)
+                ticket = await self._planning.ticket(request, request_id, span.traceparent, arrived, left)
+                span.event("planned", blocks=len(ticket.refs), prompt_tokens=ticket.plan.prompt_tokens)
+                relayed = relay(ticket, self._cluster, self._policy, self._metrics, self._tracing)
                 # Closed here and not by the garbage collector: leaving must cancel at once.
-                async with contextlib.aclosing(relay(ticket, self._cluster, self._policy, self._metrics)) as events:
+                async with contextlib.aclosing(relayed) as events:
                     async for event in events:
+                        _note(span, event)
                         yield event
                 seconds = time.monotonic() - arrived
                 self._metrics.observe("e2e_request_latency_seconds", seconds)
@@ -151,10 +159,8 @@ class GenerationService(GenerationServicer):
     async def Warm(self, request: v1.WarmRequest, context: Context) -> AsyncIterator[v1.WarmResponse]:
         """Encodes documents ahead of requests; leaving the stream cancels what is not done."""
         self._check_model(request.model)
-        metadata = dict(context.invocation_metadata() or ())
-        traceparent = str(metadata.get("traceparent") or logs.new_traceparent())
-        with self._operation():
-            async with contextlib.aclosing(self._warming.warm(request, traceparent)) as events:
+        with self._operation(), self._tracing.span("warm", _traceparent(context)) as span:
+            async with contextlib.aclosing(self._warming.warm(request, span.traceparent)) as events:
                 async for event in events:
                     yield event
 
@@ -175,3 +181,24 @@ class GenerationService(GenerationServicer):
         self._check_model(request.selector.model)
         with self._operation():
             return await self._blocks.delete(request)
+
+
+def _traceparent(context: Context) -> str:
+    """As the caller sent it; empty when it sent none."""
+    return str(dict(context.invocation_metadata() or ()).get("traceparent", ""))
+
+
+def _note(span: Span, event: v1.GenerateResponse) -> None:
+    match event.WhichOneof("event"):
+        case "started":
+            span.event("admitted")
+        case "completed":
+            done = event.completed
+            span.set(
+                decode_worker=done.routing.decode_worker_id,
+                prompt_tokens=done.usage.prompt_tokens,
+                cached_tokens=done.usage.cached_tokens,
+                completion_tokens=done.usage.completion_tokens,
+                shipped_bytes=done.usage.shipped_bytes,
+                ttft_ms=done.timings.ttft_ms,
+            )

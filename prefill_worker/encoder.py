@@ -16,6 +16,7 @@ from prefill_worker.batch_queue import PATIENCE_SECONDS, BatchQueue, Urgency
 from prefill_worker.encode_rate import EncodeRate
 from prefill_worker.encoding import Encoding
 from prefill_worker.forward import Forward, Outcome, packs
+from prefill_worker.newborn import Newborn
 from prefill_worker.tiers.block import StoredBlock
 from shared import logs
 from shared.engine.native.encoder import NativeEncoder
@@ -27,8 +28,9 @@ class Encoder:
     """Encodes blocks on one thread. All state belongs to the event loop.
 
     An encoding is in `_open` from its first request until its block is made, failed or unwanted, and in the queue for
-    the part of it before the thread takes it. What is made is handed to `keep` and to those who wait; the encoder
-    only counts its bytes until they have left.
+    the part of it before the thread takes it. Those who wait may ship its newborn while the forward runs. What is made
+    is handed to `keep` and to those who wait; the encoder only counts its bytes, from the beginning of the forward,
+    until they have left.
 
     Args:
         model: The model; the encoder's thread owns it.
@@ -71,7 +73,7 @@ class Encoder:
         self._on_batch = on_batch
         self._shape = model.geometry.shape
         self._rate = EncodeRate()
-        self._forward = Forward(model, native)
+        self._forward = Forward(model, native, self._on_newborn)
         self._batch_tokens = batch_tokens if (packs(model) if packed is None else packed) else 0
         self._max_unshipped_bytes = max_unshipped_bytes
         # Sum of `held_bytes` of all encodings.
@@ -99,7 +101,7 @@ class Encoder:
 
     @property
     def unshipped_bytes(self) -> int:
-        """Bytes of made extents that requests still hold."""
+        """Bytes of extents, made or being made, that requests still hold."""
         return self._unshipped_bytes
 
     def queue_depths(self) -> Mapping[Urgency, int]:
@@ -126,12 +128,14 @@ class Encoder:
         encoding = self._open.get(key)
         shared = encoding is not None
         if encoding is None:
+            loop = asyncio.get_running_loop()
             encoding = Encoding(
                 key=key,
                 token_ids=tuple(token_ids),
                 tokens=len(token_ids),
                 urgency=urgency,
-                done=asyncio.get_running_loop().create_future(),
+                begun=loop.create_future(),
+                done=loop.create_future(),
                 tenant=tenant,
             )
             self._queue.add(encoding)
@@ -140,6 +144,8 @@ class Encoder:
             self._queue.raise_to(encoding, urgency)
         encoding.interested += 1
         encoding.store |= store
+        if encoding.begun.done():
+            self._hold(encoding)
         self._changed.set()
         return encoding, shared
 
@@ -155,7 +161,7 @@ class Encoder:
         if encoding.rank is not None:
             self._queue.remove(encoding)
             del self._open[encoding.key]
-            encoding.done.cancel()
+            encoding.cancel()
         self._changed.set()
 
     def forget(self, key: bytes) -> None:
@@ -178,7 +184,7 @@ class Encoder:
             self._forward.stopping = True
             for encoding in self._open.values():
                 self._queue.remove(encoding)
-                _fail(encoding, _draining())
+                encoding.fail(_draining())
             self._open.clear()
             # A forward cannot be interrupted; it ends by itself, and the loop goes on meanwhile.
             await asyncio.to_thread(self._thread.shutdown)
@@ -210,7 +216,7 @@ class Encoder:
             del self._open[encoding.key]
             if isinstance(made, DrystoneError):
                 self.failures_total += 1
-                _fail(encoding, made)
+                encoding.fail(made)
             else:
                 self._hand_over(encoding, made)
 
@@ -232,18 +238,25 @@ class Encoder:
             except Exception as error:  # noqa: BLE001 - those who wait for the block get it all the same
                 self.keep_failures_total += 1
                 self._log.error("keep_failed", key=encoding.key.hex(), exc_info=error)
-        if encoding.interested:
-            encoding.held_bytes = block.bytes
-            self._unshipped_bytes += block.bytes
+        self._hold(encoding)
+        encoding.succeed(block)
+
+    def _on_newborn(self, encoding: Encoding, newborn: Newborn | None) -> None:
+        """On the thread."""
+        encoding.done.get_loop().call_soon_threadsafe(self._begun, encoding, newborn)
+
+    def _begun(self, encoding: Encoding, newborn: Newborn | None) -> None:
         if not encoding.done.done():
-            encoding.done.set_result(block)
+            encoding.begin(newborn)
+            if newborn is not None:
+                self._hold(encoding)
+
+    def _hold(self, encoding: Encoding) -> None:
+        """Its extent is there; it counts while somebody is interested."""
+        if encoding.interested and not encoding.held_bytes:
+            encoding.held_bytes = self._shape.extent_bytes(encoding.tokens)
+            self._unshipped_bytes += encoding.held_bytes
 
 
 def _draining() -> DrystoneError:
     return DrystoneError(Reason.DRAINING, "the prefill worker is stopping")
-
-
-def _fail(encoding: Encoding, error: DrystoneError) -> None:
-    if not encoding.done.done():
-        encoding.done.set_exception(error)
-        encoding.done.exception()  # seen, even when every requester has gone

@@ -9,24 +9,27 @@
 
 Between the forward and the wire nothing is copied on a CPU: the model writes into the extent, and the block is a view
 of it. On CUDA there is one copy, from the device into the extent.
+
+Each forward makes newborns of its own, and each of them ends whole or failed with it: what was shipped of a failed one
+is never committed, and the next has another birth.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from prefill_worker.newborn import Newborn
 from prefill_worker.tiers.block import StoredBlock
 from shared import logs
 from shared.engine.encode import CHUNK_TOKENS, Block, encode_block, encode_blocks, new_extent
 from shared.engine.native.encoder import NativeEncoder
 from shared.engine.served_model import ServedModel
 from shared.errors import DrystoneError, Reason
-from shared.kv.birth import make_birth
 from shared.transfer.raw import raw_bytes
 
 # Rows of one pass of a block that ran out of memory with CHUNK_TOKENS.
@@ -54,6 +57,9 @@ class Job(Protocol):
         ...
 
 
+J = TypeVar("J", bound=Job)
+
+
 @dataclass(slots=True)
 class Outcome:
     """What came of a batch. Made by the thread, read by the loop after it.
@@ -71,28 +77,35 @@ class Outcome:
     retries: int = 0
 
 
-class Forward:
+class Forward(Generic[J]):
     """Runs batches on one thread, which owns the model.
 
     Args:
         model: The model.
         native: Computes batches of one block, where it was proved for this model.
+        on_newborn: Told on the thread of each job's newborn as its forward begins, and None when it has failed.
     """
 
-    def __init__(self, model: ServedModel, native: NativeEncoder | None) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        native: NativeEncoder | None,
+        on_newborn: Callable[[J, Newborn | None], None] = lambda _job, _newborn: None,
+    ) -> None:
         self._model = model
         self._native = native
+        self._on_newborn = on_newborn
         self._log = logs.get("forward")
         # Written by the loop, read by the thread between forwards: what is left of a batch then fails.
         self.stopping = False
 
-    def run(self, jobs: Sequence[Job]) -> Outcome:
+    def run(self, jobs: Sequence[J]) -> Outcome:
         """Encodes a batch; never raises for what a block or the memory did."""
         outcome = Outcome()
         self._encode(jobs, outcome, CHUNK_TOKENS)
         return outcome
 
-    def _encode(self, jobs: Sequence[Job], outcome: Outcome, chunk_tokens: int) -> None:
+    def _encode(self, jobs: Sequence[J], outcome: Outcome, chunk_tokens: int) -> None:
         if self.stopping:
             outcome.made += [DrystoneError(Reason.DRAINING, "the prefill worker is stopping") for _ in jobs]
             return
@@ -118,28 +131,48 @@ class Forward:
         else:
             outcome.made.append(failure)
 
-    def _forward(self, jobs: Sequence[Job], outcome: Outcome, chunk_tokens: int) -> list[StoredBlock | DrystoneError]:
+    def _forward(self, jobs: Sequence[J], outcome: Outcome, chunk_tokens: int) -> list[StoredBlock | DrystoneError]:
         began = time.monotonic()
         shape = self._model.geometry.shape
         blocks: list[Block] = [(job.token_ids, new_extent(shape, len(job.token_ids))) for job in jobs]
-        tokens = sum(len(job.token_ids) for job in jobs)
-        errors: list[ArithmeticError | None] = [None]
-        if len(jobs) > 1:
-            errors = encode_blocks(self._model, blocks, pack_tokens=tokens)
-        else:
-            encode_block(self._model, list(jobs[0].token_ids), blocks[0][1], chunk_tokens, self._native)
+        newborns = [
+            Newborn(job.key, job.token_ids, job.tenant, shape, raw_bytes(extent))
+            for job, (_, extent) in zip(jobs, blocks, strict=True)
+        ]
+        try:
+            for job, newborn in zip(jobs, newborns, strict=True):
+                self._on_newborn(job, newborn)
+            errors = self._fill(blocks, newborns, chunk_tokens)
+        except BaseException as error:
+            for job, newborn in zip(jobs, newborns, strict=True):
+                self._fail(job, newborn, error)
+            raise
         made: list[StoredBlock | DrystoneError] = []
-        for job, (_, extent), error in zip(jobs, blocks, errors, strict=True):
-            if error is not None:
-                self._log.error("block_not_finite", key=job.key.hex(), detail=str(error))
-                error.__traceback__ = None  # its frames hold the extents
-                made.append(_unavailable(error))
+        for job, newborn, wrong in zip(jobs, newborns, errors, strict=True):
+            if wrong is None:
+                made.append(newborn.whole())
                 continue
-            data = raw_bytes(extent)
-            birth = make_birth(job.key, shape, len(job.token_ids), data)
-            made.append(StoredBlock(job.key, job.token_ids, data, birth, job.tenant))
-        outcome.forwards.append((tokens, time.monotonic() - began))
+            self._log.error("block_not_finite", key=job.key.hex(), detail=str(wrong))
+            wrong.__traceback__ = None  # its frames hold the extents
+            self._fail(job, newborn, wrong)
+            made.append(_unavailable(wrong))
+        outcome.forwards.append((sum(len(job.token_ids) for job in jobs), time.monotonic() - began))
         return made
+
+    def _fill(
+        self, blocks: Sequence[Block], newborns: Sequence[Newborn], chunk_tokens: int
+    ) -> Sequence[ArithmeticError | None]:
+        """Fills the extents; for each None, or why its KV cannot be served."""
+        if len(blocks) > 1:
+            rows = sum(len(token_ids) for token_ids, _ in blocks)
+            return encode_blocks(self._model, blocks, pack_tokens=rows, progress=newborns)
+        [(token_ids, extent)], [newborn] = blocks, newborns
+        encode_block(self._model, list(token_ids), extent, chunk_tokens, self._native, newborn)
+        return [None]
+
+    def _fail(self, job: J, newborn: Newborn, error: BaseException) -> None:
+        newborn.fail(str(error) or type(error).__name__)
+        self._on_newborn(job, None)
 
 
 def packs(model: ServedModel) -> bool:

@@ -4,7 +4,7 @@
         │ no                                                       ▼
     on disk, in the object store? ── yes: into memory ────────► ship ──► done
         │ no                                                       ▲
-    encode (joined by whoever else wants it) ──────────────────────┘
+    encode (joined by whoever else wants it) ──────────────────────┘  its first layers leave while later ones are made
 
 The extent that the forward filled is the buffer that memory keeps, that files are written from and that links send:
 on a CPU no byte of KV is copied between them (docs/prefill.md counts the copies).
@@ -20,9 +20,11 @@ from prefill_worker.batch_queue import Urgency
 from prefill_worker.encoder import Encoder
 from prefill_worker.encoding import Encoding
 from prefill_worker.holdings import Holdings
+from prefill_worker.newborn import Newborn
 from prefill_worker.records.record import BlockRecord
 from prefill_worker.tiers.block import StoredBlock
 from prefill_worker.tiers.deletions import Watch
+from prefill_worker.transfer.errors import SourceLostError
 from prefill_worker.transfer.shipper import Shipper
 from shared.errors import DrystoneError, Reason
 from shared.internal.v1 import prefill_pb2 as pb
@@ -113,17 +115,27 @@ class Jobs:
             ref.key, ref.token_ids, store=ref.store, urgency=errand.urgency, tenant=errand.tenant
         )
         try:
-            block = await asyncio.shield(encoding.done)
+            await self._send_early(encoding, job, errand, done)
             _tell(done, encoding, shared=shared)
-            await self._send(block, job, errand, done)
         finally:
             self._encoder.leave(encoding)
         return done
 
-    async def _send(self, block: StoredBlock, job: pb.EncodeJob, errand: Errand, done: pb.BlockDone) -> None:
+    async def _send_early(self, encoding: Encoding, job: pb.EncodeJob, errand: Errand, done: pb.BlockDone) -> None:
+        """Ships the first layers while the later ones are made; the whole block, where that forward failed."""
+        source = await asyncio.shield(encoding.begun)
+        try:
+            await self._send(source, job, errand, done)
+        except SourceLostError:
+            # The next forward of the encoding, if there is one, has another birth: nothing of this one was committed.
+            await self._send(await asyncio.shield(encoding.done), job, errand, done)
+        else:
+            await asyncio.shield(encoding.done)
+
+    async def _send(self, source: StoredBlock | Newborn, job: pb.EncodeJob, errand: Errand, done: pb.BlockDone) -> None:
         began = time.monotonic()
-        shipped = await self._shipper.ship(block, job.reservation, errand.endpoint)
-        done.birth_id, done.bytes = block.birth.birth_id, block.bytes
+        shipped = await self._shipper.ship(source, job.reservation, errand.endpoint)
+        done.birth_id, done.bytes = source.birth_id, source.bytes
         done.ship_ms = (time.monotonic() - began) * 1e3
         done.shipped_bytes, done.chunks_resent = shipped.bytes, shipped.chunks_resent
 

@@ -17,25 +17,35 @@ from prefill_worker.listing import Listing
 from prefill_worker.tiers.block_file import TENANT_BYTES_MAX
 from shared import logs
 from shared.engine.served_model import ServedModel
+from shared.enums import enum_name
 from shared.errors import DrystoneError, InvalidRequestError, Reason, deadline_exceeded
 from shared.internal.v1 import prefill_pb2 as pb
-from shared.internal.v1.common_pb2 import BlockFailure
+from shared.internal.v1.common_pb2 import BlockFailure, ShipSource
 from shared.internal.v1.prefill_pb2_grpc import PrefillServicer
+from shared.tracing import NO_TRACING, Tracing, Value
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _URGENCIES = {Priority.PRIORITY_HIGH: Urgency.HIGH, Priority.PRIORITY_LOW: Urgency.LOW}
 
 
 class PrefillService(PrefillServicer):
-    """Each job is one task. Leaving the stream cancels its tasks."""
+    """Each job is one task and one span. Leaving the stream cancels its tasks."""
 
-    def __init__(self, model: ServedModel, jobs: Jobs, holdings: Holdings, default_timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        jobs: Jobs,
+        holdings: Holdings,
+        default_timeout_seconds: float,
+        tracing: Tracing = NO_TRACING,
+    ) -> None:
         self._fingerprint = model.fingerprint
         self._keys = model.key_space()
         self._jobs = jobs
         self._holdings = holdings
         self._listing = Listing(holdings.store, holdings.records, model.geometry.shape)
         self._default_timeout = default_timeout_seconds
+        self._tracing = tracing
         self._log = logs.get("prefill")
 
     async def EncodeBlocks(
@@ -47,9 +57,7 @@ class PrefillService(PrefillServicer):
         timeout = request.time_left_ms / 1e3 if request.time_left_ms else self._default_timeout
         with logs.request_scope(request.request_id, request.traceparent):
             self._log.info("encode", jobs=len(request.jobs))
-            tasks = [
-                asyncio.create_task(self._outcome(job, self._errand(request, job), timeout)) for job in request.jobs
-            ]
+            tasks = [asyncio.create_task(self._outcome(request, job, timeout)) for job in request.jobs]
             try:
                 for ended in asyncio.as_completed(tasks):
                     yield await ended
@@ -71,10 +79,26 @@ class PrefillService(PrefillServicer):
             pin=request.pin,
         )
 
-    async def _outcome(self, job: pb.EncodeJob, errand: Errand, seconds: float) -> pb.EncodeBlocksResponse:
-        try:
+    async def _traced(self, request: pb.EncodeBlocksRequest, job: pb.EncodeJob, seconds: float) -> pb.BlockDone:
+        kind = "ship" if job.HasField("reservation") else "keep"
+        about: dict[str, Value] = {"key": job.block.key.hex(), "tokens": len(job.block.token_ids)}
+        with self._tracing.span(kind, request.traceparent, **about) as span:
             async with asyncio.timeout(seconds):
-                return pb.EncodeBlocksResponse(done=await self._jobs.run(job, errand))
+                done = await self._jobs.run(job, self._errand(request, job))
+            span.set(
+                source=enum_name(ShipSource, done.source).removeprefix("SHIP_SOURCE_").lower(),
+                bytes=done.bytes,
+                queue_ms=done.queue_ms,
+                encode_ms=done.encode_ms,
+                ship_ms=done.ship_ms,
+            )
+            return done
+
+    async def _outcome(
+        self, request: pb.EncodeBlocksRequest, job: pb.EncodeJob, seconds: float
+    ) -> pb.EncodeBlocksResponse:
+        try:
+            return pb.EncodeBlocksResponse(done=await self._traced(request, job, seconds))
         except TimeoutError:
             error = deadline_exceeded("encoding and shipping a block")
         except DrystoneError as caught:

@@ -78,8 +78,8 @@ def request_scope(request_id: str, traceparent: str) -> Iterator[None]:
 
 
 def new_traceparent() -> str:
-    """A fresh W3C trace context (https://www.w3.org/TR/trace-context/)."""
-    return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
+    """A fresh W3C trace context (https://www.w3.org/TR/trace-context/) of which nobody records spans."""
+    return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-00"
 
 
 def trace_id(traceparent: str) -> str:

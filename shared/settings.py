@@ -63,6 +63,14 @@ class ProcessSettings(BaseSettings):
     metrics_port: int = Field(0, ge=0, le=65535, description="Port for Prometheus /metrics; 0 serves none.")
     drain_seconds: float = Field(10.0, ge=0, description="Seconds that running work may take after SIGTERM.")
     max_message_bytes: int = Field(64 << 20, ge=1 << 20, description="Largest gRPC message taken, in bytes.")
+    otlp_endpoint: str = Field(
+        "",
+        pattern=r"^(https?://\S+)?$",
+        description="OpenTelemetry collector to send spans to by gRPC, such as http://collector:4317.",
+    )
+    trace_sample_ratio: float = Field(
+        1.0, ge=0, le=1, description="Share of traces kept, of those that begin at this process."
+    )
 
     @classmethod
     def settings_customise_sources(

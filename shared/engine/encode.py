@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -23,6 +23,19 @@ PACK_TOKENS = 8192
 Block = tuple[Sequence[int], torch.Tensor]
 
 
+class Progress(Protocol):
+    """Told, on the thread that encodes, which layers of an extent are final: finite, and not written again."""
+
+    @property
+    def stops(self) -> Sequence[int]:
+        """Counts of layers at which it wants to be told, rising; the last is all layers."""
+        ...
+
+    def layers_done(self, count: int) -> None:
+        """Layers [0, count) of all tokens are final; called for each stop, for the last when the forward has ended."""
+        ...
+
+
 def new_extent(shape: KvShape, tokens: int) -> torch.Tensor:
     """A fresh extent [layers, tokens, 2, kv_heads, head_dim]: the forward writes it and ZeroMQ sends it, uncopied."""
     return torch.empty(shape.layers, tokens, 2, shape.kv_heads, shape.head_dim, dtype=getattr(torch, shape.dtype))
@@ -34,6 +47,7 @@ def encode_block(
     extent: torch.Tensor,
     chunk_tokens: int = CHUNK_TOKENS,
     native: NativeEncoder | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Fills `extent` with the KV of `token_ids` at positions 0..n-1, in causal chunks of `chunk_tokens`.
 
@@ -41,30 +55,33 @@ def encode_block(
         model: The model; the caller's thread must own it.
         token_ids: The block's tokens, n of them.
         extent: [layers, n, 2, kv_heads, head_dim], written whole. Where it lies on another device than the model,
-            the KV is made beside the model and copied over at the end.
+            the KV is made beside the model and copied over as `progress` is told of it, the rest at the end.
         chunk_tokens: Rows of one forward pass; bounds activations, not the result.
         native: Computes the chunks instead of transformers' forward, where it was proved for this model.
+        progress: Told of layers while later ones are computed, in the last chunk: before it none is final.
 
     Raises:
         ArithmeticError: The KV holds infinities or NaN; served, they would spoil every later answer.
     """
     ids = torch.tensor(token_ids, device=model.device)
     made = extent if extent.device == model.device else torch.empty_like(extent, device=model.device)
+    final = _Final(made, extent, progress)
     for start in range(0, len(token_ids), chunk_tokens):
         end = min(start + chunk_tokens, len(token_ids))
+        stops = final.stops if end == len(token_ids) else ()
         if native is not None:
-            native.encode_chunk(ids[start:end], start, made)
+            native.encode_chunk(ids[start:end], start, made, stops, final.layers)
             continue
         positions = torch.arange(start, end, device=model.device)
-        model.forward_kv(ids[start:end], positions, _ChunkContext(made, start, end))
-    if not bool(torch.isfinite(made).all()):
-        raise ArithmeticError(f"the KV of a block of {len(token_ids)} tokens is not finite in {extent.dtype}")
-    if made is not extent:
-        extent.copy_(made)
+        model.forward_kv(ids[start:end], positions, _ChunkContext(made, start, end, stops, final.layers))
+    final.layers(len(extent))
 
 
 def encode_blocks(
-    model: ServedModel, blocks: Sequence[Block], pack_tokens: int = PACK_TOKENS
+    model: ServedModel,
+    blocks: Sequence[Block],
+    pack_tokens: int = PACK_TOKENS,
+    progress: Sequence[Progress | None] | None = None,
 ) -> list[ArithmeticError | None]:
     """Fills the extents of several blocks; on CUDA in half precision, many in one forward.
 
@@ -75,6 +92,7 @@ def encode_blocks(
         model: The model; the caller's thread must own it.
         blocks: Token ids and extents, as `encode_block` takes them.
         pack_tokens: Most rows of one forward; a longer block is encoded alone, in chunks.
+        progress: For each block; told of those that share a forward when it has ended, of one after the other.
 
     Returns:
         For each block None, or why its KV cannot be served.
@@ -82,12 +100,13 @@ def encode_blocks(
     errors: list[ArithmeticError | None] = [None] * len(blocks)
     packs = model.device.type == "cuda" and model.dtype != torch.float32
     for pack in _packs(blocks, pack_tokens if packs else 0):
-        if len(pack) > 1 and _encode_pack(model, [blocks[index] for index in pack]):
+        told = [progress[index] if progress is not None else None for index in pack]
+        if len(pack) > 1 and _encode_pack(model, [blocks[index] for index in pack], told):
             continue
-        for index in pack:
+        for index, one in zip(pack, told, strict=True):
             ids, extent = blocks[index]
             try:
-                encode_block(model, list(ids), extent)
+                encode_block(model, list(ids), extent, progress=one)
             except ArithmeticError as error:
                 errors[index] = error
     return errors
@@ -107,7 +126,7 @@ def _packs(blocks: Sequence[Block], tokens: int) -> Iterator[list[int]]:
         yield pack
 
 
-def _encode_pack(model: ServedModel, blocks: Sequence[Block]) -> bool:
+def _encode_pack(model: ServedModel, blocks: Sequence[Block], progress: Sequence[Progress | None]) -> bool:
     """Encodes blocks together; False, with nothing written, when any of the KV is not finite."""
     bounds = [0, *accumulate(len(ids) for ids, _ in blocks)]
     extent = blocks[0][1]
@@ -118,9 +137,42 @@ def _encode_pack(model: ServedModel, blocks: Sequence[Block]) -> bool:
     model.forward_kv(ids, positions, _PackContext(made, starts))
     if not bool(torch.isfinite(made).all()):
         return False
-    for (_, into), start, end in zip(blocks, bounds, bounds[1:], strict=False):
+    for (_, into), told, start, end in zip(blocks, progress, bounds, bounds[1:], strict=False):
         into.copy_(made[:, start:end])
+        if told is not None:
+            for stop in told.stops:
+                told.layers_done(stop)
     return True
+
+
+@dataclass(slots=True)
+class _Final:
+    """How far the layers of a block are final: found finite, in the extent, and told of.
+
+    The last layers are never told of before the forward has ended: of a forward that fails no block is ever whole.
+    """
+
+    made: torch.Tensor
+    extent: torch.Tensor
+    progress: Progress | None
+    count: int = 0
+
+    @property
+    def stops(self) -> Sequence[int]:
+        """Counts of layers after which a forward calls `layers`; it goes on with the next."""
+        return () if self.progress is None else self.progress.stops[:-1]
+
+    def layers(self, count: int) -> None:
+        """Layers [0, count) have been written."""
+        fresh = self.made[self.count : count]
+        if not bool(torch.isfinite(fresh).all()):
+            tokens = self.extent.shape[1]
+            raise ArithmeticError(f"the KV of a block of {tokens} tokens is not finite in {self.extent.dtype}")
+        if self.made is not self.extent:
+            self.extent[self.count : count].copy_(fresh)
+        self.count = count
+        if self.progress is not None:
+            self.progress.layers_done(count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +193,16 @@ class _PackContext:
 
 @dataclass(frozen=True, slots=True)
 class _ChunkContext:
-    """Rows [start, end) of a block: they see the block's earlier rows, and one another causally."""
+    """Rows [start, end) of a block: they see the block's earlier rows, and one another causally.
+
+    `done` is called with each of `stops`, counts of layers, when so many layers have these rows.
+    """
 
     extent: torch.Tensor
     start: int
     end: int
+    stops: Sequence[int]
+    done: Callable[[int], None]
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
@@ -153,6 +210,8 @@ class _ChunkContext:
         rows = self.extent[layer]
         rows[self.start : self.end, 0] = k[0].transpose(0, 1)
         rows[self.start : self.end, 1] = v[0].transpose(0, 1)
+        if layer + 1 in self.stops:
+            self.done(layer + 1)
         keys, values = rows[: self.end, 0], rows[: self.end, 1]
         if window is not None and self.end > window:
             out, _ = masked_partial(q[0], keys, values, scale, self._visible(window, q.device))

@@ -93,11 +93,65 @@ class Birth:
     checksums: tuple[int, ...]
 
 
+class GrowingBirth:
+    """A birth whose extent is still being written: its id is drawn first, its chunks are summed as layers end.
+
+    One thread sums; any thread may ask for a checksum. A chunk is in order behind all before it, so the checksums that
+    there are, are those of the first chunks.
+
+    Args:
+        key: 32 bytes.
+        shape: Of one token's KV.
+        tokens: Tokens of the block.
+        data: The whole extent's bytes.
+
+    Attributes:
+        birth_id: 16 bytes, drawn here.
+        chunks: What the extent travels in.
+    """
+
+    def __init__(self, key: bytes, shape: KvShape, tokens: int, data: memoryview) -> None:
+        self.birth_id = secrets.token_bytes(BIRTH_ID_BYTES)
+        self.chunks = chunk_plan(shape, tokens)
+        self._key = key
+        self._shape = shape
+        self._tokens = tokens
+        self._data = data
+        # Only ever appended to: what another thread reads of it stays true.
+        self._sums: list[int] = []
+
+    def checksum(self, index: int) -> int | None:
+        """Of chunk `index`; None while it is not summed."""
+        return self._sums[index] if index < len(self._sums) else None
+
+    def sum_layers(self, count: int) -> Iterator[int]:
+        """Sums the chunks within layers [0, count), whose bytes are final; yields the index of each after it."""
+        for chunk in self.chunks[len(self._sums) :]:
+            if chunk.first_layer + chunk.layer_count > count:
+                return
+            part = self._data[chunk.offset : chunk.offset + chunk.length]
+            self._sums.append(chunk_checksum(self._key, self.birth_id, self._shape, self._tokens, chunk, part))
+            yield chunk.index
+
+    def birth(self) -> Birth:
+        """The birth, once every chunk is summed.
+
+        Raises:
+            ValueError: Some are not.
+        """
+        if len(self._sums) < len(self.chunks):
+            raise ValueError(f"{len(self._sums)} of {len(self.chunks)} chunks are summed")
+        return Birth(self.birth_id, self._tokens, tuple(self._sums))
+
+
 def make_birth(key: bytes, shape: KvShape, tokens: int, data: memoryview) -> Birth:
     """Names a fresh encoding of `tokens` tokens whose extent bytes are `data` and sums its chunks."""
-    birth_id = secrets.token_bytes(BIRTH_ID_BYTES)
-    sums = tuple(
-        chunk_checksum(key, birth_id, shape, tokens, chunk, data[chunk.offset : chunk.offset + chunk.length])
-        for chunk in chunk_plan(shape, tokens)
-    )
-    return Birth(birth_id, tokens, sums)
+    growing = GrowingBirth(key, shape, tokens, data)
+    for _ in growing.sum_layers(shape.layers):
+        pass
+    return growing.birth()
+
+
+def chunk_stops(shape: KvShape, tokens: int) -> tuple[int, ...]:
+    """Counts of layers at which chunks end, rising; the last is all layers."""
+    return tuple(sorted({chunk.first_layer + chunk.layer_count for chunk in chunk_plan(shape, tokens)}))

@@ -69,12 +69,12 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Sequence[Any
     def dislike(fails: Callable[[Sequence[Any]], bool]) -> list[list[int]]:
         seen: list[list[int]] = []
 
-        def tried(model: ServedModel, batch: Sequence[Any], pack_tokens: int) -> list[ArithmeticError | None]:
+        def tried(model: ServedModel, batch: Sequence[Any], pack_tokens: int, **rest: Any) -> object:
             seen.append([len(ids) for ids, _ in batch])
             assert pack_tokens == sum(seen[-1]), "a batch is one forward"
             if fails(batch):
                 raise OUT_OF_MEMORY[1]
-            return encode_blocks(model, batch, pack_tokens)
+            return encode_blocks(model, batch, pack_tokens, **rest)
 
         monkeypatch.setattr(module, "encode_blocks", tried)
         return seen
@@ -206,8 +206,8 @@ def test_a_failed_forward_has_given_its_memory_back_when_its_halves_begin(
 ) -> None:
     tried: list[weakref.ref[torch.Tensor]] = []
 
-    def failing(_: ServedModel, batch: Sequence[Any], pack_tokens: int) -> list[ArithmeticError | None]:
-        del pack_tokens
+    def failing(_: ServedModel, batch: Sequence[Any], **rest: Any) -> None:
+        del rest
         assert all(extent() is None for extent in tried)
         tried.extend(weakref.ref(extent) for _, extent in batch)
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -283,7 +283,7 @@ def test_what_is_not_finite_fails_its_block_alone_and_is_not_tried_again(
 
 
 def test_what_is_left_of_a_batch_is_not_tried_when_stopping(served: ServedModel, batches: Any) -> None:
-    forward = Forward(served, None)
+    forward: Forward[Block] = Forward(served, None)
 
     def stop(_: Any) -> bool:
         forward.stopping = True

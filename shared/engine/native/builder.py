@@ -44,7 +44,7 @@ class NativeKernel:
 
     Attributes:
         step_attention: One layer's attention of a step.
-        decoder_step: A whole step of a decoder.
+        decoder_step: A step of a decoder, or a run of its layers.
     """
 
     step_attention: Callable[..., torch.Tensor]

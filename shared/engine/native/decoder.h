@@ -98,6 +98,10 @@ class Pass {
     }
   }
 
+  // The rows' state between two layers, float [m, hidden]: what `pause` wrote, another pass of the same rows resumes.
+  void resume(const float* hidden) { std::copy_n(hidden, m_ * sizes_.hidden, x_.get()); }
+  void pause(float* hidden) const { std::copy_n(x_.get(), m_ * sizes_.hidden, hidden); }
+
   // Queries, keys and values of the rows; keys and values go into their records.
   void enter(const Layer<T>& layer, const float* cosine, const float* sine, int64_t width, T* records, const int64_t* slots,
              int64_t offset) {

@@ -7,7 +7,7 @@ is refused, and whoever uses the result proves it against the module itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +141,13 @@ class NativeDecoder:
         )
 
     def run(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor, step: StepTables
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        keep: torch.Tensor,
+        step: StepTables,
+        stops: Sequence[int] = (),
+        done: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         """Runs rows through all layers and writes their KV.
 
@@ -150,34 +156,47 @@ class NativeDecoder:
             positions: int64 [rows].
             keep: int64: rows whose logits are wanted; none stops after the last layer's KV.
             step: What the rows attend to.
+            stops: Counts of layers, rising, below all; the rows' state is carried over them exactly.
+            done: Called with each of them, when so many layers have the rows' KV.
 
         Returns:
             Logits float32 [len(keep), vocab].
         """
         # Tables in float32, whatever the model's type: rounded once less than the module's own.
         cosine, sine = self._rotary(self._float32, positions[None])
-        return self._kernel.decoder_step(
-            step.records,
-            token_ids,
-            keep,
-            cosine[0],
-            sine[0],
-            step.slots,
-            step.slot_step,
-            step.pieces,
-            step.rows,
-            step.cosine,
-            step.sine,
-            KINDS[self.rotation.kind],
-            self._weights,
-            self._embeddings,
-            self._norm,
-            self._head,
-            self._kv_heads,
-            self._head_dim,
-            self._epsilon,
-            self._scale,
-        )
+        layers = len(self._weights) // len(_PARTS)
+        hidden = torch.empty(len(token_ids) if stops else 0, self._embeddings.shape[1], dtype=torch.float32)
+        first, logits = 0, self._float32
+        for last in (*stops, layers):
+            logits = self._kernel.decoder_step(
+                step.records,
+                hidden,
+                token_ids,
+                keep,
+                cosine[0],
+                sine[0],
+                step.slots,
+                step.slot_step,
+                step.pieces,
+                step.rows,
+                step.cosine,
+                step.sine,
+                KINDS[self.rotation.kind],
+                self._weights,
+                first,
+                last,
+                self._embeddings,
+                self._norm,
+                self._head,
+                self._kv_heads,
+                self._head_dim,
+                self._epsilon,
+                self._scale,
+            )
+            if last < layers and done is not None:
+                done(last)
+            first = last
+        return logits
 
 
 def _rotation(model: ServedModel) -> Rotation:

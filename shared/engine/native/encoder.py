@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,13 +56,22 @@ class NativeEncoder:
         return encoder
 
     @torch.inference_mode()
-    def encode_chunk(self, token_ids: torch.Tensor, start: int, extent: torch.Tensor) -> None:
+    def encode_chunk(
+        self,
+        token_ids: torch.Tensor,
+        start: int,
+        extent: torch.Tensor,
+        stops: Sequence[int] = (),
+        done: Callable[[int], None] | None = None,
+    ) -> None:
         """Fills rows [start, start + n) of a block's KV; the rows before them are filled already.
 
         Args:
             token_ids: int64 [n].
             start: Position of the first row in the block.
             extent: [layers, tokens, 2, kv_heads, head_dim].
+            stops: Counts of layers, rising, below all; layers in between are computed in one call.
+            done: Called with each of them, when so many layers have these rows.
         """
         layers, tokens = extent.shape[:2]
         rows = len(token_ids)
@@ -75,4 +85,4 @@ class NativeEncoder:
         step = StepTables(
             extent.view(layers * tokens, -1), positions, tokens, torch.tensor(pieces), stacked, _NO_TURNS, _NO_TURNS
         )
-        self._decoder.run(token_ids, positions, _NO_ROWS, step)
+        self._decoder.run(token_ids, positions, _NO_ROWS, step, stops, done)

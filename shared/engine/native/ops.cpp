@@ -1,7 +1,8 @@
 // The operators that torch sees, and their checks: tensors become pointers here and nowhere else.
 //
 //   step_attention   one layer's attention of a step, for any model that reaches the seam
-//   decoder_step     a whole step of a model whose structure was proved (shared/engine/native/decoder.py)
+//   decoder_step     a run of layers of a step of a model whose structure was proved (shared/engine/native/decoder.py):
+//                    all of them in one call, or in several, with the rows' state between them in `hidden`
 //
 // Held equal to the torch path by tests/kernels/native. Compiled for the machine it runs on.
 
@@ -110,13 +111,15 @@ at::Tensor step_attention(at::Tensor records, int64_t layer, const at::Tensor& q
   return out;
 }
 
-at::Tensor decoder_step(at::Tensor records, const at::Tensor& ids, const at::Tensor& keep, const at::Tensor& positions_cos,
-                        const at::Tensor& positions_sin, const at::Tensor& slots, int64_t slot_step,
-                        const at::Tensor& pieces, const at::Tensor& rows, const at::Tensor& cosine, const at::Tensor& sine,
-                        int64_t kind, at::TensorList weights, const at::Tensor& embeddings, const at::Tensor& norm,
-                        const at::Tensor& head, int64_t kv_heads, int64_t head_dim, double epsilon, double scale) {
+at::Tensor decoder_step(at::Tensor records, at::Tensor hidden, const at::Tensor& ids, const at::Tensor& keep,
+                        const at::Tensor& positions_cos, const at::Tensor& positions_sin, const at::Tensor& slots,
+                        int64_t slot_step, const at::Tensor& pieces, const at::Tensor& rows, const at::Tensor& cosine,
+                        const at::Tensor& sine, int64_t kind, at::TensorList weights, int64_t first, int64_t last,
+                        const at::Tensor& embeddings, const at::Tensor& norm, const at::Tensor& head, int64_t kv_heads,
+                        int64_t head_dim, double epsilon, double scale) {
   const int64_t m = ids.size(0), layers = static_cast<int64_t>(weights.size()) / kLayerTensors;
   TORCH_CHECK(static_cast<int64_t>(weights.size()) == layers * kLayerTensors && layers > 0, "weights of a layer");
+  TORCH_CHECK(first >= 0 && first < last && last <= layers, "layers ", first, " to ", last, " of ", layers);
   const Heads heads{kv_heads, weights[1].size(0) / head_dim / kv_heads, head_dim};
   const Sizes sizes{embeddings.size(1), weights[12].size(0), head.size(0), heads, static_cast<float>(epsilon),
                     static_cast<float>(scale)};
@@ -132,13 +135,22 @@ at::Tensor decoder_step(at::Tensor records, const at::Tensor& ids, const at::Ten
   within(ids, embeddings.size(0), "ids");
   within(keep, m, "keep");
   TORCH_CHECK(scale > 0 && kind >= kNone && kind <= kInterleaved, "scale and kind");
-  at::Tensor out = at::empty({keep.size(0), sizes.vocabulary}, at::kFloat);
+  const bool ends = last == layers;
+  if (first > 0 || !ends) {
+    whole(hidden, at::kFloat, "hidden");
+    TORCH_CHECK(hidden.dim() == 2 && hidden.size(0) == m && hidden.size(1) == sizes.hidden, "hidden rows");
+  }
+  at::Tensor out = at::empty({ends ? keep.size(0) : 0, sizes.vocabulary}, at::kFloat);
   by_type(records.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     Step<T> step = plan.step<T>(heads);
     Pass<T> pass(sizes, m, keep.size(0));
-    pass.embed(read<T>(embeddings), read<int64_t>(ids));
-    for (int64_t l = 0; l < layers; ++l) {
+    if (first == 0) {
+      pass.embed(read<T>(embeddings), read<int64_t>(ids));
+    } else {
+      pass.resume(read<float>(hidden));
+    }
+    for (int64_t l = first; l < last; ++l) {
       const T* of[kLayerTensors];
       for (int i = 0; i < kLayerTensors; ++i) of[i] = read<T>(weights[l * kLayerTensors + i]);
       Layer<T> layer;
@@ -152,6 +164,7 @@ at::Tensor decoder_step(at::Tensor records, const at::Tensor& ids, const at::Ten
       if (l + 1 == layers) pass.keep(read<int64_t>(keep), keep.size(0));
       pass.leave(layer);
     }
+    if (!ends) return pass.pause(data<float>(hidden));
     if (keep.size(0)) pass.logits(read<T>(norm), read<T>(head), data<float>(out));
   });
   return out;
@@ -166,8 +179,9 @@ TORCH_LIBRARY(DRYSTONE_LIBRARY, m) {
       "Tensor pieces, Tensor rows, Tensor cosine, Tensor sine, int kind, float scale) -> Tensor");
   m.impl("step_attention", c10::DispatchKey::CPU, TORCH_FN(drystone::step_attention));
   m.def(
-      "decoder_step(Tensor(a!) records, Tensor ids, Tensor keep, Tensor positions_cos, Tensor positions_sin, "
-      "Tensor slots, int slot_step, Tensor pieces, Tensor rows, Tensor cosine, Tensor sine, int kind, Tensor[] weights, "
-      "Tensor embeddings, Tensor norm, Tensor head, int kv_heads, int head_dim, float epsilon, float scale) -> Tensor");
+      "decoder_step(Tensor(a!) records, Tensor(b!) hidden, Tensor ids, Tensor keep, Tensor positions_cos, "
+      "Tensor positions_sin, Tensor slots, int slot_step, Tensor pieces, Tensor rows, Tensor cosine, Tensor sine, "
+      "int kind, Tensor[] weights, int first, int last, Tensor embeddings, Tensor norm, Tensor head, int kv_heads, "
+      "int head_dim, float epsilon, float scale) -> Tensor");
   m.impl("decoder_step", c10::DispatchKey::CPU, TORCH_FN(drystone::decoder_step));
 }
