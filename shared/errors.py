@@ -114,7 +114,7 @@ REASONS: Mapping[Reason, ReasonRow] = MappingProxyType(
         Reason.TRANSFER_FAILED: _row(_S.UNAVAILABLE, "A block could not be shipped in time.", retryable=True),
         Reason.KV_KEY_REFUSED: _row(
             _S.FAILED_PRECONDITION,
-            "A prefill worker may not send to a decode worker: a key is missing, wrong or not allowed; the message says.",
+            "A prefill worker may not send to a decode worker: a key is missing, wrong or not allowed.",
         ),
         Reason.RESERVATION_ENDED: _row(
             _S.ABORTED,
