@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,12 @@ async def ends(
 @contextlib.contextmanager
 def telling_no_secret(keys: Keys) -> Iterator[list[structlog.typing.EventDict]]:
     """Lines logged meanwhile; no secret key is in any of them."""
-    with structlog.testing.capture_logs() as lines:
-        yield lines
+    wrapper = structlog.get_config()["wrapper_class"]
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG))
+    try:
+        with structlog.testing.capture_logs() as lines:
+            yield lines
+    finally:
+        structlog.configure(wrapper_class=wrapper)
     said = repr(lines)
     assert not any(secret in said for secret in keys.secrets())
