@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -252,20 +254,47 @@ async def test_without_anybody_to_ask_nobody_is_let_in(keys: Keys) -> None:
         other.destroy(0)
 
 
-def test_a_reactor_that_stops_leaves_no_monitor_that_zeromqs_thread_waits_for(keys: Keys) -> None:
-    server, other = keys.server("sender"), zmq.Context()
-    reactor = Reactor("watched", lambda _now: 5.0)
-    server.attach(reactor)
-    router = reactor.context.socket(zmq.ROUTER)
-    server.apply(router)
-    router.bind("tcp://127.0.0.1:0")
-    reactor.register(router, lambda: False)
-    reactor.watch(router, lambda ended: server.handshake(ended, "here"))
-    address = router.getsockopt_string(zmq.LAST_ENDPOINT)
-    dealers = [other.socket(zmq.DEALER) for _ in range(20)]
-    for dealer in dealers:
-        dealer.connect(address)  # denied again and again while it stops
-    reactor.start()
-    assert reactor.stop()
+def test_sockets_that_go_in_the_middle_of_handshakes_hold_up_nobody() -> None:
+    """ZeroMQ's own thread waits for whoever should take an event; it must never wait for somebody who has left."""
+    reactor, heard = Reactor("watched", lambda _now: 5.0), threading.Event()
+    stopping = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.05)
+
+        def hang_up() -> None:
+            while not stopping.is_set():
+                with contextlib.suppress(TimeoutError):
+                    server.accept()[0].close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        router = reactor.context.socket(zmq.ROUTER)
+        router.bind("tcp://127.0.0.1:0")
+        reactor.register(router, lambda: bool(router.poll(0) and router.recv_multipart()) and not heard.set())
+
+        def knock(times: int) -> None:
+            going = [reactor.context.socket(zmq.DEALER) for _ in range(20)]
+            for one in going:
+                one.setsockopt(zmq.RECONNECT_IVL, 1)
+                reactor.watch(one, lambda _ended: None)
+                one.connect(f"tcp://127.0.0.1:{server.getsockname()[1]}")
+            time.sleep(0.005)
+            for one in going:
+                reactor.forget(one)
+            if times:
+                reactor.call(lambda: knock(times - 1))
+            else:
+                last.connect(router.getsockopt_string(zmq.LAST_ENDPOINT))
+                last.send(b"still there")
+
+        last = reactor.context.socket(zmq.DEALER)
+        reactor.register(last, lambda: False)
+        reactor.call(lambda: knock(4))
+        reactor.start()
+        try:
+            assert heard.wait(10.0)
+        finally:
+            stopping.set()
+            thread.join()
+            assert reactor.stop()
     assert reactor.context.closed
-    other.destroy(0)
