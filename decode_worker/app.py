@@ -43,6 +43,9 @@ from shared.rpc.server import RpcServer
 from shared.rpc.worker_service import WorkerService
 from shared.runtime import cancelled, host_name
 from shared.transfer.compatibility import compatibility_of
+from shared.transfer.curve import check_bind, server_security
+
+_COUNTERS = ("requests_ended", "kv_chunks_refused", "kv_connections_denied")
 
 
 class DecodeApp:
@@ -57,6 +60,8 @@ class DecodeApp:
 
     def __init__(self, settings: DecodeSettings, folder: Path, name: str, trace: LogitTrace | None = None) -> None:
         self._settings = settings
+        check_bind(settings, settings.kv_host)
+        self._security = server_security(settings, lambda reason: self._metrics.count("kv_connections_denied", reason))
         self.model: ServedModel = served_model.load(
             folder,
             name=name,
@@ -79,7 +84,7 @@ class DecodeApp:
         self.pool = Pool(arena, self.identity, POLICIES[settings.eviction]())
         self._tokenizer = AutoTokenizer.from_pretrained(self.model.folder).backend_tokenizer
         self._sampler = Sampler(self._tokenizer, self.model.vocabulary_size)
-        self._metrics = Metrics(self.figures, HISTOGRAMS, ["requests_ended", "kv_chunks_refused"])
+        self._metrics = Metrics(self.figures, HISTOGRAMS, _COUNTERS)
         self.observer = Observer(self._metrics)
         attention = base.make(settings.attention, self.model, arena)
         fused, native = None, None
@@ -112,6 +117,7 @@ class DecodeApp:
             committed=lambda fetch, size: self.engine.committed(fetch, shipped_bytes=size),
             budget_bytes=self._settings.kv_receive_bytes,
             on_refused=lambda reason: self._metrics.count("kv_chunks_refused", reason),
+            security=self._security,
         )
         self._listen()
         opener = Opener(
@@ -154,14 +160,20 @@ class DecodeApp:
         }
 
     def _listen(self) -> None:
-        """Takes KV over TCP, and over a Unix-domain socket from this host."""
+        """Takes KV over TCP, under CURVE where there are keys, and over a Unix-domain socket from this host."""
         settings, shape, context = self._settings, self.model.geometry.shape, self.receiver.context
-        remote = Listener(context, shape, f"tcp://{settings.kv_host}:{settings.kv_port}")
+        try:
+            remote = Listener(context, shape, f"tcp://{settings.kv_host}:{settings.kv_port}", self._security)
+        except OSError:
+            self.receiver.close()
+            raise
         self._folder = Folder()
         local = Listener(context, shape, self._folder.address)
         for listener in (remote, local):
             self.receiver.listen(listener)
         self._endpoint.zmq_address, self._endpoint.ipc_address = remote.address, local.address
+        if self._security is not None:
+            self._endpoint.curve_public_key = self._security.public_key
         self.receiver.start()
 
     async def stop(self, grace_seconds: float) -> None:
@@ -203,4 +215,5 @@ class DecodeApp:
             "received_bytes_total": self.receiver.received_bytes,
             "chunks_refused_total": self.receiver.refused_total,
             "kv_pairs": len(self.receiver.pairs),
+            "connections_denied_total": self.receiver.denied_total,
         }

@@ -37,6 +37,7 @@ from shared.rpc.server import RpcServer
 from shared.rpc.worker_service import WorkerService
 from shared.runtime import cancelled
 from shared.transfer.compatibility import compatibility_of
+from shared.transfer.curve import client_security
 
 _HISTOGRAMS = (
     "encode_batch_tokens",
@@ -60,6 +61,7 @@ class PrefillApp:
 
     def __init__(self, settings: PrefillSettings, folder: Path, name: str) -> None:
         self._settings = settings
+        self._security = client_security(settings)
         self._places = Places.of(settings)
         self.model: ServedModel = served_model.load(
             folder,
@@ -97,6 +99,7 @@ class PrefillApp:
             compatibility_of(self.model),
             shape,
             settings.ship_timeout_seconds,
+            security=self._security,
             on_end=self._shipping_ended,
         )
         jobs = Jobs(self.holdings, self.encoder, self.shipper, self.model.vocabulary_size)

@@ -50,6 +50,7 @@ class Reason(StrEnum):
     WORKER_LOST = auto()
     BLOCK_UNAVAILABLE = auto()
     TRANSFER_FAILED = auto()
+    KV_KEY_REFUSED = auto()
     RESERVATION_ENDED = auto()
     INCOMPATIBLE_WORKERS = auto()
     MODEL_CHANGED = auto()
@@ -111,6 +112,10 @@ REASONS: Mapping[Reason, ReasonRow] = MappingProxyType(
         Reason.WORKER_LOST: _row(_S.UNAVAILABLE, "The worker that ran the request is gone.", retryable=True),
         Reason.BLOCK_UNAVAILABLE: _row(_S.UNAVAILABLE, "A block could be had from nowhere.", retryable=True),
         Reason.TRANSFER_FAILED: _row(_S.UNAVAILABLE, "A block could not be shipped in time.", retryable=True),
+        Reason.KV_KEY_REFUSED: _row(
+            _S.FAILED_PRECONDITION,
+            "A prefill worker may not send to a decode worker: a key is missing, wrong or not allowed.",
+        ),
         Reason.RESERVATION_ENDED: _row(
             _S.ABORTED,
             "A block was shipped for a reservation that is no longer open: taken back, or filled by another.",

@@ -107,6 +107,15 @@ class WorkerSettings(ProcessSettings):
     device: str = Field("cpu", description="torch device.")
     threads: int = Field(0, ge=0, description="torch threads; 0 takes all cores.")
     context_tokens: int | None = Field(None, ge=1, description="Longest prompt and answer; default the model's own.")
+    kv_key_file: Path | None = Field(
+        None, description="This worker's CURVE keys, from `drystone keys new`; none sends and takes KV in the clear."
+    )
+    kv_allowed_keys_file: Path | None = Field(
+        None, description="Public keys of the workers that it exchanges KV with, one a line; read anew when it changes."
+    )
+    kv_allow_cleartext: bool = Field(
+        default=False, description="Let KV leave this machine in the clear where there is no key."
+    )
 
 
 SettingsT = TypeVar("SettingsT", bound=ProcessSettings)

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Protocol
 
 import zmq
 
 from decode_worker.receiving.pairs import PAIR_WINDOW_BYTES
 from shared.kv.birth import CHUNK_BYTES
 from shared.kv.layout import KvShape
-from shared.transfer.endpoints import transport_name
+from shared.transfer.curve import ServerSecurity
+from shared.transfer.endpoints import end_dead_connections, transport_name
 from shared.transfer.envelope import MAX_HEADER_BYTES
-
-
-class ServerSecurity(Protocol):
-    """What puts keys on a receiver's socket."""
-
-    def apply(self, context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes]) -> None:
-        """Makes a socket ready to be bound."""
-        ...
 
 
 class Listener:
@@ -52,7 +44,7 @@ class Listener:
         try:
             limits(self.socket, shape)
             if security is not None:
-                security.apply(context, self.socket)
+                security.apply(self.socket)
             self.socket.bind(address)
         except zmq.ZMQError as error:
             self.socket.close(0)
@@ -100,3 +92,4 @@ def limits(socket: zmq.Socket[bytes], shape: KvShape) -> None:
     socket.setsockopt(zmq.RCVHWM, PAIR_WINDOW_BYTES // CHUNK_BYTES + 64)
     # The largest frame that can be right; ZeroMQ drops a peer that sends more before allocating it.
     socket.setsockopt(zmq.MAXMSGSIZE, max(CHUNK_BYTES, shape.record_bytes) + MAX_HEADER_BYTES)
+    end_dead_connections(socket)

@@ -42,6 +42,7 @@ from shared.internal.v1.transfer_pb2 import (
 from shared.kv.birth import CHUNK_BYTES, chunk_identity
 from shared.kv.layout import KvShape
 from shared.transfer.compatibility import difference
+from shared.transfer.curve import ServerSecurity
 from shared.transfer.envelope import MalformedFrameError, seal, unseal
 from shared.transfer.reactor import Reactor
 
@@ -65,6 +66,7 @@ class Receiver:
         committed: Told on the event loop of each fetch whose extent is whole, with the bytes received.
         budget_bytes: What all senders together may have sent that is not in its place yet.
         on_refused: Told on the thread why each message was refused.
+        security: Says who may connect to listeners that have it too.
 
     Attributes:
         received_bytes: Of committed extents.
@@ -80,6 +82,7 @@ class Receiver:
         committed: Callable[[Fetch, int], None],
         budget_bytes: int = 16 * PAIR_WINDOW_BYTES,
         on_refused: Callable[[str], None] = lambda _reason: None,
+        security: ServerSecurity | None = None,
     ) -> None:
         self._fetches = fetches
         self._compatibility = compatibility
@@ -91,6 +94,9 @@ class Receiver:
         self._done: OrderedDict[tuple[int, int], bytes] = OrderedDict()
         self._reactor = Reactor("kv-receive", self._tick)
         self._listeners: list[Listener] = []
+        self._security = security
+        if security is not None:
+            security.attach(self._reactor)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._log = logs.get("receiver")
         self.received_bytes = 0
@@ -100,6 +106,11 @@ class Receiver:
     def refused_total(self) -> int:
         """Messages refused since the start."""
         return self.refused.total()
+
+    @property
+    def denied_total(self) -> int:
+        """Connections that were not let in since the start."""
+        return 0 if self._security is None else self._security.denied_total
 
     def listen(self, listener: Listener) -> None:
         """Takes messages of a bound socket, once started."""
@@ -115,6 +126,9 @@ class Receiver:
         self._loop = asyncio.get_running_loop()
         for listener in self._listeners:
             self._reactor.register(listener.socket, partial(self._read, listener))
+            if self._security is not None and listener.curve:
+                told = partial(self._security.handshake, address=listener.address)
+                self._reactor.watch(listener.socket, told)
         self._reactor.start()
 
     def close(self) -> None:

@@ -28,22 +28,28 @@ from shared.errors import DrystoneError
 from shared.internal.v1.common_pb2 import Compatibility, KvEndpoint, Reservation, WorkerIdentity
 from shared.internal.v1.transfer_pb2 import TransferHeader
 from shared.kv.layout import KvShape
-from shared.transfer.endpoints import ClientSecurity, chosen_address, transport_name
+from shared.transfer.curve import ClientSecurity, not_let_in
+from shared.transfer.endpoints import chosen_address, end_dead_connections, transport_name
 from shared.transfer.envelope import MalformedFrameError, seal, unseal
+from shared.transfer.handshakes import Handshake
 from shared.transfer.pair_stats import PairStats
 from shared.transfer.reactor import Reactor
 
+# Handshakes that break off in a row, after which the key is at fault and not the wire: half a second.
+_HANDSHAKES = 3
+_CONNECT_MILLISECONDS = 3_000
 # An address and the life of the worker behind it.
 Name = tuple[str, int]
 
 
 @dataclass(slots=True)
 class _Pair:
-    """A link and its socket."""
+    """A link and its socket; handshakes that broke off since the last one that did not."""
 
     link: Link
     socket: zmq.Socket[bytes]
     address: str
+    broken_off: int = 0
 
 
 class Shipper:
@@ -61,6 +67,7 @@ class Shipper:
         shipped_bytes: Of chunks, since the start.
         resent: Chunks sent again, by reason.
         outcomes: Transfers, by how they ended.
+        handshakes_failed: Links that failed before a word was said.
     """
 
     def __init__(
@@ -83,7 +90,7 @@ class Shipper:
         self._reactor = Reactor("kv-send", self._tick)
         self._open = False
         self._log = logs.get("shipper")
-        self.shipped_bytes = 0
+        self.shipped_bytes = self.handshakes_failed = 0
         self.resent: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
 
@@ -164,6 +171,8 @@ class Shipper:
     def _pair(self, endpoint: KvEndpoint, receiver: WorkerIdentity) -> _Pair:
         address = chosen_address(endpoint)
         name = (address, receiver.incarnation)
+        if self._security is not None:  # for a link that is open too: who was allowed then may not be so now
+            self._security.check(address, endpoint.curve_public_key)
         pair = self._pairs.get(name)
         if pair is None or pair.link.state is State.BROKEN:
             self._let_go(name)
@@ -180,8 +189,10 @@ class Shipper:
             # What waits in the socket is bounded by credit, in bytes; a count of messages would bound nothing.
             socket.setsockopt(zmq.SNDHWM, 0)
             socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
+            socket.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_MILLISECONDS)
+            end_dead_connections(socket)
             if self._security is not None:
-                self._security.apply(socket, endpoint)
+                self._security.apply(socket, address, endpoint.curve_public_key)
             socket.connect(address)
         except zmq.ZMQError as error:
             socket.close(0)
@@ -206,7 +217,20 @@ class Shipper:
         )
         pair = _Pair(link, socket, address)
         self._reactor.register(socket, partial(self._read, pair))
+        self._reactor.watch(socket, partial(self._handshake, pair))
         return pair
+
+    def _handshake(self, pair: _Pair, ended: Handshake) -> None:
+        if ended is Handshake.DONE:
+            pair.broken_off = 0
+            return
+        if ended is Handshake.BROKEN_OFF:
+            pair.broken_off += 1
+            # In the clear there is no key that could be wrong: the wire is at fault, and has the link's own time.
+            if not pair.link.stats.curve or pair.broken_off < _HANDSHAKES:
+                return
+        self.handshakes_failed += 1
+        pair.link.break_off(not_let_in(pair.link.receiver.worker_id, ended))
 
     def _read(self, pair: _Pair) -> bool:
         try:

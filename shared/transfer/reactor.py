@@ -19,6 +19,7 @@ from collections.abc import Callable
 import zmq
 
 from shared import logs
+from shared.transfer.handshakes import Handshake, HandshakeMonitor
 
 # Longest sleep: a defect in a timer must not stop the thread for good.
 _LONGEST_SECONDS = 5.0
@@ -51,6 +52,7 @@ class Reactor:
         self._poller = zmq.Poller()
         self._poller.register(self._wake_in, zmq.POLLIN)
         self._readers: dict[zmq.Socket[bytes], Callable[[], bool]] = {}
+        self._monitors: dict[zmq.Socket[bytes], HandshakeMonitor] = {}
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._log = logs.get(name)
 
@@ -71,8 +73,17 @@ class Reactor:
         self._readers[socket] = read
         self._poller.register(socket, zmq.POLLIN)
 
+    def watch(self, socket: zmq.Socket[bytes], told: Callable[[Handshake], None]) -> None:
+        """Has `told` called with the end of each handshake of a socket, until that one is forgotten."""
+        monitor = self._monitors[socket] = HandshakeMonitor(self.context, socket, told)
+        self.register(monitor.socket, monitor.read)
+
     def forget(self, socket: zmq.Socket[bytes]) -> None:
         """Closes a socket; what it has not sent is dropped."""
+        monitor = self._monitors.pop(socket, None)
+        if monitor is not None:
+            monitor.end()
+            self.forget(monitor.socket)
         if self._readers.pop(socket, None) is not None:
             self._poller.unregister(socket)
         socket.close(0)
@@ -86,7 +97,7 @@ class Reactor:
         if self._thread.is_alive():
             self._log.error("thread_stuck", thread=self._name, seconds=seconds)
             return False
-        for socket in list(self._readers):
+        for socket in [*self._monitors, *self._readers]:
             self.forget(socket)
         self.context.destroy(0)
         self._wake_in.close()

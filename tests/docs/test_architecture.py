@@ -84,7 +84,9 @@ def test_no_code_comes_from_data() -> None:
                 continue
             where = f"{path}:{node.lineno}"
             assert not (isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec", "compile"}), where
-            assert ast.unparse(node.func) not in {"torch.load", "yaml.load", "os.system", "numpy.load"}, where
+            called = ast.unparse(node.func)
+            assert called not in {"torch.load", "yaml.load", "os.system", "numpy.load"}, where
+            assert not called.endswith("_pyobj"), where  # ZeroMQ's own pickles
             for keyword in node.keywords:
                 assert keyword.arg not in {"trust_remote_code", "shell", "allow_pickle"}, where
 

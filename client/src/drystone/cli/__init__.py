@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from drystone.cli import ask, blocks, check, demo, serve, status, warm
+from drystone.cli import ask, blocks, check, demo, keys, serve, status, warm
 
 
 def build_app() -> typer.Typer:
@@ -27,6 +27,7 @@ def build_app() -> typer.Typer:
     app.command("serve")(serve.serve)
     app.command("check")(check.check)
     app.command("demo")(demo.demo)
+    app.add_typer(keys.build_app(), name="keys")
     return app
 
 
