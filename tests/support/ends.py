@@ -88,8 +88,7 @@ class ReceivingEnd:
 
     def taken(self, number: int) -> int:
         """Chunks of a block that have landed; -1 for a block that is whole."""
-        fetches = self._requests[number].fetches
-        return len(fetches[0].landing.taken) if fetches else -1
+        return next((len(fetch.landing.taken) for fetch in self._requests[number].fetches), -1)
 
     def digest(self, number: int) -> int:
         """Of a resident block's bytes; 0 while it is not there."""
@@ -181,10 +180,14 @@ class Remote:
         """Goes on from there."""
         os.kill(self.pid, signal.SIGCONT)
 
-    def kill(self) -> None:
+    def kill_now(self) -> None:
         """Ends it without a word; what it owned is the system's again."""
         self._process.kill()
         self._process.join(10.0)
+
+    def close(self) -> None:
+        """Ends it, and lets go of the pipe; nobody may be waiting for an answer."""
+        self.kill_now()
         self._pipe.close()
 
 
@@ -195,7 +198,7 @@ async def remote(main: Callable[..., None], *arguments: Any) -> AsyncIterator[Re
     try:
         yield end
     finally:
-        end.kill()
+        end.close()
 
 
 def receive(pipe: Connection, incarnation: int, port: int) -> None:
