@@ -1,4 +1,4 @@
-"""Blocks over a TCP wire that is far, slow, stalls, and is cut in the middle of chunks: right, and nothing left over."""
+"""Blocks over a TCP wire that is far, slow, stalls, and is cut in mid-chunk: right, and nothing left over."""
 
 from __future__ import annotations
 
