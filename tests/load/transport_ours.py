@@ -177,8 +177,7 @@ class _CurveServer:
     def __init__(self) -> None:
         self.public, self._secret = zmq.curve_keypair()
 
-    def apply(self, context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes]) -> None:
-        del context
+    def apply(self, socket: zmq.Socket[bytes]) -> None:
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._secret)
 
@@ -190,8 +189,11 @@ class _CurveClient:
         self._server = server.encode()
         self._public, self._secret = zmq.curve_keypair()
 
-    def apply(self, socket: zmq.Socket[bytes], endpoint: KvEndpoint) -> None:
-        del endpoint
+    def check(self, address: str, public_key: str) -> None:
+        """Anybody may be sent to."""
+
+    def apply(self, socket: zmq.Socket[bytes], address: str, public_key: str) -> None:
+        del address, public_key
         socket.setsockopt(zmq.CURVE_SERVERKEY, self._server)
         socket.setsockopt(zmq.CURVE_PUBLICKEY, self._public)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._secret)

@@ -15,11 +15,13 @@ from prefill_worker.encoder import Encoder
 from prefill_worker.forward import Outcome
 from prefill_worker.holdings import Holdings
 from prefill_worker.jobs import Errand, Jobs
+from prefill_worker.newborn import Newborn
 from prefill_worker.records.records import Records
 from prefill_worker.tiers.block import StoredBlock
 from prefill_worker.tiers.block_store import BlockStore
 from prefill_worker.tiers.ledger import Ledger
 from prefill_worker.tiers.ram import RamTier
+from prefill_worker.transfer.errors import SourceLostError
 from shared.engine.served_model import ServedModel
 from shared.errors import DrystoneError, Reason
 from shared.internal.v1 import prefill_pb2 as pb
@@ -39,15 +41,20 @@ TOKENS = 4
 
 
 class FakeShipper:
-    """Ships to nobody; remembers what."""
+    """Ships to nobody; remembers what, and how much of it there was; ends when it is whole, or lost."""
 
     def __init__(self) -> None:
         self.shipped: list[bytes] = []
+        self.births: list[tuple[bytes, bool]] = []
 
-    async def ship(self, block: StoredBlock, reservation: object, endpoint: object) -> pb.BlockDone:
+    async def ship(self, source: StoredBlock | Newborn, reservation: object, endpoint: object) -> pb.BlockDone:
         del reservation, endpoint
-        self.shipped.append(block.key)
-        return pb.BlockDone(bytes=block.bytes)
+        self.births.append((source.birth_id, source.checksum(0) is not None))
+        await until(lambda: source.failure is not None or source.checksum(0) is not None)
+        if source.failure is not None:
+            raise SourceLostError(source.failure)
+        self.shipped.append(source.key)
+        return pb.BlockDone(bytes=source.bytes)
 
 
 class Parts:
@@ -206,3 +213,57 @@ async def test_warming_fills_no_more_memory_than_unshipped_blocks_may(parts: Par
     for done in await asyncio.gather(*warming):
         assert list(done.tiers) == [SHIP_SOURCE_DISK, SHIP_SOURCE_OBJECT_STORE]
     assert parts.encoder.blocks_total == 6
+
+
+async def test_a_block_leaves_while_it_is_made(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, whole = threading.Event(), ServedModel.forward_kv
+
+    def held(*arguments: Any) -> None:
+        assert go.wait(10.0)
+        whole(*arguments)
+
+    monkeypatch.setattr(ServedModel, "forward_kv", held)
+    shipping = parts.ship(1)
+    await until(lambda: parts.shipper.births != [])
+    assert parts.encoder.unshipped_bytes > 0, "its extent counts from the beginning of the forward"
+    go.set()
+    done = await shipping
+    assert parts.shipper.births == [(done.birth_id, False)]
+    assert parts.shipper.shipped == [parts.key(1)]
+    assert done.source == SHIP_SOURCE_ENCODED
+
+
+async def test_a_forward_without_memory_is_lost_and_the_next_birth_is_shipped(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, go, tries = ServedModel.forward_kv, threading.Event(), [0]
+
+    def short(*arguments: Any) -> None:
+        tries[0] += 1
+        if tries[0] == 1:
+            assert go.wait(10.0)
+            raise MemoryError("no more")
+        whole(*arguments)
+
+    monkeypatch.setattr(ServedModel, "forward_kv", short)
+    shipping = parts.ship(1)
+    await until(lambda: parts.shipper.births != [])
+    go.set()
+    done = await shipping
+    [(lost, _), (birth, made)] = parts.shipper.births
+    assert made
+    assert (birth, lost != birth) == (done.birth_id, True)
+    assert parts.shipper.shipped == [parts.key(1)]
+    assert (tries[0], parts.encoder.retries_total) == (2, 1)
+
+
+async def test_a_forward_that_fails_for_good_is_said_so(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(ServedModel, "forward_kv", broken)
+    with pytest.raises(DrystoneError, match="a defect") as raised:
+        await parts.ship(1)
+    assert raised.value.reason is Reason.BLOCK_UNAVAILABLE
+    assert parts.shipper.shipped == []
+    assert parts.encoder.unshipped_bytes == 0
