@@ -59,6 +59,10 @@ class Landing:
     closed: bool = False
     local: bool = False
     moved_at: float = field(default_factory=time.monotonic)
+    _plan: tuple[ChunkRange, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._plan = chunk_plan(self.shape, self.tokens)
 
     # The event loop's.
 
@@ -141,4 +145,4 @@ class Landing:
 
     def plan(self) -> tuple[ChunkRange, ...]:
         """The chunks that the extent is cut into."""
-        return chunk_plan(self.shape, self.tokens)
+        return self._plan

@@ -19,7 +19,7 @@ from shared.kv.layout import LAYOUT_VERSION, KvShape
 
 BIRTH_ID_BYTES = 16
 CHECKSUM_FUNCTION = "xxh3-64"
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)

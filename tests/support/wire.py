@@ -28,9 +28,9 @@ from shared.transfer.raw import raw_bytes
 from tests.support.decode_parts import make_pool, make_request
 from tests.support.fake_workers import compatibility
 
-# A layer of 600 tokens is 600 KiB: an extent is four chunks.
+# A layer of 1,200 tokens is 1.2 MiB: an extent is four chunks.
 SHAPE = KvShape(layers=4, kv_heads=4, head_dim=32, dtype="float32")
-TOKENS = 600
+TOKENS = 1200
 CHUNKS = 4
 SENDER = WorkerIdentity(worker_id="prefill-0", incarnation=5)
 

@@ -255,7 +255,7 @@ def test_sizes_and_tokens_are_one_to_one(shape: KvShape, tokens: int) -> None:
 def test_chunks_beyond_the_first_are_verified() -> None:
     """A block of more than one chunk, one bit flipped in each."""
     shape = KvShape(layers=3, kv_heads=4, head_dim=64, dtype="float32")
-    block = tiny_block(5, tokens=300, shape=shape)
+    block = tiny_block(5, tokens=600, shape=shape)
     identity = replace(IDENTITY, shape=shape)
     whole = bytearray(b"".join(encode_file(block, identity)))
     assert len(block.birth.checksums) > 2
