@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from decode_worker.receiving.heap import keep_frames_on_heap
 from decode_worker.settings import DecodeSettings
 from shared.process_main import serve
 from shared.runtime import App
@@ -12,6 +13,7 @@ from shared.runtime import App
 def main() -> None:
     """Reads settings and serves until told to stop."""
     settings = DecodeSettings.from_command_line("python -m decode_worker")
+    keep_frames_on_heap()
 
     def make(folder: Path, name: str) -> App:
         # torch loads here and not at import, so that --help and bad flags answer at once.

@@ -175,7 +175,7 @@ async def _read(call: AsyncIterable[object]) -> list[object]:
 async def test_every_prefill_worker_stops_while_it_ships(tiny_folder: MakeFolder) -> None:
     async with serving(tiny_folder(), prefill=1) as served:
         expected = await ask(served, LONG)
-        assert expected.usage.shipped_bytes > 2 * CHUNK_BYTES
+        assert expected.usage.shipped_bytes > CHUNK_BYTES
         served.evict_everywhere()
         receiver = served.stack.decode_apps[0].receiver
         before = receiver.received_bytes

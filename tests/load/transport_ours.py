@@ -16,6 +16,7 @@ import zmq
 
 from decode_worker.pool import Pool
 from decode_worker.receiving import receiver as receiver_module
+from decode_worker.receiving.heap import keep_frames_on_heap
 from decode_worker.receiving.listener import Listener
 from decode_worker.receiving.receiver import Receiver
 from decode_worker.request import Fetch
@@ -102,7 +103,8 @@ class OurReceiver:
             receiver_module.lay = _lay_unsummed
 
     def listen(self, address: str, tokens: int, count: int) -> Mapping[str, Any]:
-        """With a pool of just that size."""
+        """With a pool of just that size, in a process set up as a decode worker's."""
+        keep_frames_on_heap()
         self._loop, self._tokens = _Loop(), tokens
         self._pool: Pool = make_pool(count * tokens + 2 * SEGMENT_TOKENS, SHAPE)
         self._pool.arena.records.fill_(1)
