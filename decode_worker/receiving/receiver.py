@@ -10,7 +10,7 @@ The only copy of KV bytes on this side is from ZeroMQ's frame into the reserved 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from functools import partial
 
@@ -98,6 +98,8 @@ class Receiver:
         if security is not None:
             security.attach(self._reactor)
         self._loop: asyncio.AbstractEventLoop | None = None
+        # Fetches whose extents are whole, and the bytes received, until the loop is told.
+        self._untold: deque[tuple[Fetch, int]] = deque()
         self._log = logs.get("receiver")
         self.received_bytes = 0
         self.refused: Counter[str] = Counter()
@@ -152,6 +154,7 @@ class Receiver:
         reply = self._handle(listener, peer.bytes, frames)
         if reply is not None:
             self._send(listener, peer.bytes, reply)
+        self._tell_whole()
         return True
 
     def _send(self, listener: Listener, peer: bytes, header: TransferHeader) -> None:
@@ -281,8 +284,13 @@ class Receiver:
         while len(self._done) > _REMEMBERED:
             self._done.popitem(last=False)
         fetch = self._fetches.named(reservation.reservation_id)
-        if fetch is not None and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._commit, fetch, size)
+        if fetch is not None:
+            self._untold.append((fetch, size))
+
+    def _tell_whole(self) -> None:
+        """After the answer has left: the loop, once awake, takes turns with this thread."""
+        while self._untold and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._commit, *self._untold.popleft())
 
     def _commit(self, fetch: Fetch, size: int) -> None:
         """On the event loop. Whoever waited may have left, and the extent with them."""
