@@ -58,9 +58,8 @@ def _serve(order: Order, runs: queue.SimpleQueue[tuple[int, int, int]]) -> None:
         staging = torch.frombuffer(memory, dtype=torch.uint8)
         move = _joined(order)
         # A group that is made is not one that works: bytes go both ways first.
-        for turn in ("receive", "send"):
-            greeting = torch.zeros(_GREETING_BYTES, dtype=torch.uint8)
-            move[turn == order.role](greeting)
+        for along in (True, False):
+            move[along](torch.zeros(_GREETING_BYTES, dtype=torch.uint8))
         _tell(Kind.READY)
         while True:
             number, offset, length = runs.get()
