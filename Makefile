@@ -91,6 +91,7 @@ proof: env ## Long proofs: 10,000 requests, 100 kills during writes and on the w
 	@$(BIN)/python -m tests.load.soak
 	@DRYSTONE_CRASHES=100 $(BIN)/python -m pytest -q tests/prefill_worker -k 'crash or kill'
 	@DRYSTONE_KILLS=100 $(BIN)/python -m pytest -q tests/transfer/test_proof_kills.py tests/transfer/test_proof_tcp.py
+	@DRYSTONE_CRASHES=100 $(BIN)/python -m pytest -q tests/transfer/test_group_process.py
 	@if [ -f '$(QUESTIONS)' ]; then $(BIN)/python -m tests.load.warm_interrupted --questions '$(QUESTIONS)'; \
 		else echo 'proof: warming not interrupted: no $(QUESTIONS); name a file with QUESTIONS=' >&2; fi
 	@$(BIN)/drystone check --prompts 50 --full $(ARGS)

@@ -42,6 +42,7 @@ from shared.metrics import Metrics
 from shared.rpc.server import RpcServer
 from shared.rpc.worker_service import WorkerService
 from shared.runtime import cancelled, host_name
+from shared.transfer.choice import own_end
 from shared.transfer.compatibility import compatibility_of
 from shared.transfer.curve import check_bind, server_security
 
@@ -118,6 +119,7 @@ class DecodeApp:
             budget_bytes=self._settings.kv_receive_bytes,
             on_refused=lambda reason: self._metrics.count("kv_chunks_refused", reason),
             security=self._security,
+            end=own_end(self._settings.kv_transport, self._settings.device),
         )
         self._listen()
         opener = Opener(

@@ -36,6 +36,7 @@ from shared.model.catalog import cache_dir
 from shared.rpc.server import RpcServer
 from shared.rpc.worker_service import WorkerService
 from shared.runtime import cancelled
+from shared.transfer.choice import own_end
 from shared.transfer.compatibility import compatibility_of
 from shared.transfer.curve import client_security
 
@@ -101,6 +102,8 @@ class PrefillApp:
             settings.ship_timeout_seconds,
             security=self._security,
             on_end=self._shipping_ended,
+            end=own_end(settings.kv_transport, settings.device),
+            on_fallback=lambda reason: self._metrics.count("kv_transport_fallbacks", reason),
         )
         jobs = Jobs(self.holdings, self.encoder, self.shipper, self.model.vocabulary_size)
         prefill = PrefillService(self.model, jobs, self.holdings, settings.default_timeout_seconds)

@@ -54,7 +54,10 @@ COUNTERS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "kv_transfers": ("Prefill worker: blocks shipped, by how that ended.", "outcome"),
         "kv_chunks_resent": ("Prefill worker: chunks sent again, by why.", "reason"),
         "kv_chunks_refused": ("Decode worker: messages of senders refused, by why.", "reason"),
-        "kv_transport_fallbacks": ("Transfers that went over another transport than chosen, by why.", "reason"),
+        "kv_transport_fallbacks": (
+            "Prefill worker: pairs that fell back from a process group to ZeroMQ, by why.",
+            "reason",
+        ),
         "kv_connections_denied": ("Decode worker: senders that were not let in, by why.", "reason"),
     }
 )

@@ -113,6 +113,11 @@ class WorkerSettings(ProcessSettings):
     kv_allowed_keys_file: Path | None = Field(
         None, description="Public keys of the workers that it exchanges KV with, one a line; read anew when it changes."
     )
+    kv_transport: Literal["auto", "zmq", "gloo", "nccl"] = Field(
+        "auto",
+        description="What carries KV: zmq everywhere; gloo or nccl between two workers of one host that both ask for "
+        "it; auto is zmq until nccl is proved.",
+    )
     kv_allow_cleartext: bool = Field(
         default=False, description="Let KV leave this machine in the clear where there is no key."
     )

@@ -81,7 +81,7 @@ FIGURES: Mapping[str, str] = MappingProxyType(
         "chunks_resent_total": "Chunks sent again since the start.",
         "kv_pairs": "Pairs of this worker with others that KV travels over.",
         "kv_outstanding_bytes": "KV bytes sent that receivers have not dealt with yet.",
-        "transport_fallbacks_total": "Transfers that went over another transport than the one chosen.",
+        "transport_fallbacks_total": "Pairs that fell back from a process group to ZeroMQ.",
         "handshakes_failed_total": "Links to decode workers that failed before a word was said: a wrong key, or none.",
         "connections_denied_total": "Senders that were not let in: no key, or a wrong one.",
     }

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from drystone.v1.operations_pb2 import PairDirection, PairState, PairStatus
 from shared.internal.v1.common_pb2 import WorkerIdentity
 from shared.kv.birth import CHUNK_BYTES
+from shared.transfer.choice import Backend
 from shared.transfer.pair_stats import PairStats
 
 # Of one pair: what a long fat wire needs (10 ms at 10 Gb/s is 12 MB).
@@ -32,6 +33,7 @@ class Pair:
         seen_bytes: Highest count of sent bytes that it told.
         credit_limit: Highest count that it was allowed.
         heard_at: `time.monotonic()` of its last message.
+        backend: Process group that its sender may ask for.
     """
 
     peer: bytes
@@ -40,6 +42,7 @@ class Pair:
     seen_bytes: int = 0
     credit_limit: int = 0
     heard_at: float = field(default_factory=time.monotonic)
+    backend: Backend | None = None
 
     def saw(self, sent_bytes: int) -> bool:
         """Notes how much was sent; False when that is beyond the credit."""
@@ -69,6 +72,9 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self._pairs)
+
+    def __contains__(self, peer: object) -> bool:
+        return peer in self._pairs
 
     def all(self) -> list[Pair]:
         """Every pair, the one that was heard last at the end. From any thread."""

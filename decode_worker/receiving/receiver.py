@@ -19,6 +19,7 @@ import zmq
 
 from decode_worker.fetch import FetchTable
 from decode_worker.landing import Landing
+from decode_worker.receiving.groups import Groups, PairPort
 from decode_worker.receiving.laying import lay
 from decode_worker.receiving.listener import Listener
 from decode_worker.receiving.pairs import PAIR_WINDOW_BYTES, Pair, Pairs
@@ -41,6 +42,7 @@ from shared.internal.v1.transfer_pb2 import (
 )
 from shared.kv.birth import CHUNK_BYTES, chunk_identity
 from shared.kv.layout import KvShape
+from shared.transfer.choice import ZEROMQ_ALONE, End
 from shared.transfer.compatibility import difference
 from shared.transfer.curve import ServerSecurity
 from shared.transfer.envelope import MalformedFrameError, seal, unseal
@@ -67,6 +69,7 @@ class Receiver:
         budget_bytes: What all senders together may have sent that is not in its place yet.
         on_refused: Told on the thread why each message was refused.
         security: Says who may connect to listeners that have it too.
+        end: What the way of each pair is chosen by.
 
     Attributes:
         received_bytes: Of committed extents.
@@ -83,6 +86,7 @@ class Receiver:
         budget_bytes: int = 16 * PAIR_WINDOW_BYTES,
         on_refused: Callable[[str], None] = lambda _reason: None,
         security: ServerSecurity | None = None,
+        end: End = ZEROMQ_ALONE,
     ) -> None:
         self._fetches = fetches
         self._compatibility = compatibility
@@ -93,6 +97,7 @@ class Receiver:
         self.pairs = Pairs(budget_bytes)
         self._done: OrderedDict[tuple[int, int], bytes] = OrderedDict()
         self._reactor = Reactor("kv-receive", self._tick)
+        self.groups = Groups(end, self._reactor)
         self._listeners: list[Listener] = []
         self._security = security
         if security is not None:
@@ -136,15 +141,15 @@ class Receiver:
     def close(self) -> None:
         """Ends the thread and closes the sockets; what is under way is lost and will be fenced."""
         self._reactor.stop()
+        self.groups.close()
         for listener in self._listeners:
             listener.close()
 
     # On the thread.
 
     def _tick(self, now: float) -> float:
-        del now
         self.pairs.forget_silent(_SILENT_SECONDS)
-        return _SILENT_SECONDS / 10
+        return min(_SILENT_SECONDS / 10, self.groups.tick(now, self.pairs))
 
     def _read(self, listener: Listener) -> bool:
         try:
@@ -176,14 +181,16 @@ class Receiver:
         pair = self.pairs.heard(listener.name(peer))
         if pair is None:
             return self._refuse(_R.REFUSAL_REASON_NO_HELLO, "say Hello first")
+        if kind in ("group_ask", "group_end") or header.chunk.group:
+            return self._of_group(listener, peer, pair, header)
         reply: TransferHeader | None = None
         match kind:
             case "chunk":
-                reply = self._chunk(pair, header.chunk, frames)
+                reply = self._chunk(pair, header.chunk, frames[1].buffer if len(frames) == _CHUNK_FRAMES else None)
             case "offer":
                 reply = self._offer(pair, header.offer)
             case "ping":
-                reply = self._ping(pair, header.ping)
+                reply = None if self.groups.hold(pair.peer, header.ping) else self._ping(pair, header.ping)
             case "abort":
                 self._log.info("transfer_aborted", sender=pair.stats.peer, reason=header.abort.reason[:200])
         return reply
@@ -196,15 +203,19 @@ class Receiver:
             field, message = differing
             self._log.warning("incompatible_sender", sender=hello.sender.worker_id[:200], field=field, detail=message)
             return self._refuse(_R.REFUSAL_REASON_INCOMPATIBLE, message, field)
-        pair = self.pairs.welcome(
-            listener.name(peer), hello.session, hello.sender, listener.transport, curve=listener.curve
-        )
+        name = listener.name(peer)
+        before = self.pairs.heard(name)
+        pair = self.pairs.welcome(name, hello.session, hello.sender, listener.transport, curve=listener.curve)
+        if pair is not before:
+            self.groups.forget(name)
+            pair.backend = self.groups.choice(hello.end)
         return TransferHeader(
             welcome=Welcome(
                 receiver=self._fetches.identity,
                 credit_limit=pair.credit_limit,
                 max_chunk_bytes=CHUNK_BYTES,
                 session=hello.session,
+                group_backend=pair.backend or "",
             )
         )
 
@@ -233,11 +244,52 @@ class Receiver:
         )
         return TransferHeader(refused=refused)
 
-    def _chunk(self, pair: Pair, chunk: Chunk, frames: list[zmq.Frame]) -> TransferHeader:
+    def _of_group(self, listener: Listener, peer: bytes, pair: Pair, header: TransferHeader) -> TransferHeader | None:
+        if header.HasField("chunk"):
+            return None if self.groups.expect(pair.peer, header.chunk) else self._lost(pair, header.chunk)
+        if header.HasField("group_ask"):
+            self.groups.ask(pair.peer, pair.backend, self._port(listener, peer, pair))
+        else:
+            self.groups.ended(pair.peer, header.group_end.group)
+        return None
+
+    def _port(self, listener: Listener, peer: bytes, pair: Pair) -> PairPort:
+        """What a process group needs of a pair."""
+
+        def take(chunk: Chunk, data: memoryview) -> None:
+            self._send(listener, peer, self._chunk(pair, chunk, data))
+            self._tell_whole()
+
+        def failed(reason: str) -> None:
+            pair.stats.fallbacks_total += 1
+            pair.stats.last_error = f"group: {reason}"
+            self._log.warning("group_failed", sender=pair.stats.peer, reason=reason)
+
+        return PairPort(
+            take=take,
+            lost=lambda chunk: self._send(listener, peer, self._lost(pair, chunk)),
+            pong=lambda ping: self._send(listener, peer, self._ping(pair, ping)),
+            send=partial(self._send, listener, peer),
+            failed=failed,
+        )
+
+    def _lost(self, pair: Pair, chunk: Chunk) -> TransferHeader:
+        """The group that was to bring a chunk is no more."""
+        pair.saw(chunk.sent_bytes)
+        return TransferHeader(
+            chunk_result=ChunkResult(
+                transfer_id=chunk.transfer_id,
+                chunk_index=chunk.chunk_index,
+                refusal=_R.REFUSAL_REASON_NO_GROUP,
+                credit_limit=self.pairs.granted(pair),
+            )
+        )
+
+    def _chunk(self, pair: Pair, chunk: Chunk, data: memoryview | None) -> TransferHeader:
         if not pair.saw(chunk.sent_bytes):
             reason, message = _R.REFUSAL_REASON_CREDIT, f"{chunk.sent_bytes} bytes sent; limit {pair.credit_limit}"
         else:
-            reason, message, whole = self._take(chunk, frames)
+            reason, message, whole = self._take(chunk, data)
             if reason == _TAKEN:
                 pair.stats.bytes_total += chunk.length
                 pair.stats.chunks_total += 1
@@ -255,12 +307,11 @@ class Receiver:
             )
         )
 
-    def _take(self, chunk: Chunk, frames: list[zmq.Frame]) -> tuple[RefusalReason.ValueType, str, bool]:
+    def _take(self, chunk: Chunk, data: memoryview | None) -> tuple[RefusalReason.ValueType, str, bool]:
         """Verifies a chunk and lays it down; why not, else `_TAKEN`, and whether the extent is whole with it."""
         landing = self._landing(chunk.reservation)
         if not isinstance(landing, Landing):
             return landing, "no such reservation in this epoch", False
-        data = frames[1].buffer if len(frames) == _CHUNK_FRAMES else None
         with landing.lock:
             stale = landing.stale(chunk.reservation, chunk.key)
             if stale is not None:

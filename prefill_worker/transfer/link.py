@@ -22,11 +22,13 @@ from enum import Enum
 
 from drystone.v1.operations_pb2 import PairState
 from prefill_worker.transfer.errors import LinkBrokenError, refused_block, refused_pair
+from prefill_worker.transfer.group_way import GroupWay
 from prefill_worker.transfer.outgoing import Outgoing
 from shared import logs
 from shared.errors import DrystoneError
 from shared.internal.v1.common_pb2 import Compatibility, WorkerIdentity
-from shared.internal.v1.transfer_pb2 import Hello, Ping, RefusalReason, Refused, TransferHeader
+from shared.internal.v1.transfer_pb2 import Committed, Hello, Ping, RefusalReason, Refused, TransferHeader
+from shared.transfer.choice import told
 from shared.transfer.pair_stats import PairStats
 
 # Of a greeting: to its repetition, and to its being given up.
@@ -59,6 +61,7 @@ class Link:
         send: Sends a message; never blocks.
         now: `time.monotonic()`.
         stats: What status shows of the pair; kept up to date here.
+        way: Process group beside ZeroMQ; owned by the link.
     """
 
     def __init__(
@@ -70,14 +73,18 @@ class Link:
         send: Send,
         now: float,
         stats: PairStats,
+        way: GroupWay | None = None,
     ) -> None:
         self.receiver = receiver
+        self.way = way
         self.stats = stats
         self.state = State.GREETING
         self.failure: DrystoneError | None = None
         self.sent_bytes = self.credit_limit = 0
         self.greetings_total = 0
         self._hello = Hello(sender=sender, receiver=receiver, compatibility=compatibility)
+        if way is not None:
+            self._hello.end.CopyFrom(told(way.end))
         self._timeout = timeout_seconds
         self._send_now = send
         self._transfers: dict[int, Outgoing] = {}
@@ -140,7 +147,7 @@ class Link:
                 continue
             without = 0
             self._expect(now)
-            self._send_piece(*message)
+            self._send_piece(*message, now)
             self._used_at = now
 
     def heard(self, header: TransferHeader, now: float) -> None:
@@ -160,21 +167,32 @@ class Link:
                     self._arrived(transfer, header.chunk_result.chunk_index, now)
                 self._settle(transfer)
             case "committed":
-                self._credit(header.committed.credit_limit)
-                done = self._transfers.pop(header.committed.transfer_id, None)
-                if done is not None:
-                    self._arrived(done, None, now)
-                    done.whole(self.stats.transport)
-                    self._forget(done)
+                self._committed(header.committed, now)
             case "refused":
                 self._refused(header.refused, now)
             case "pong":
                 self._pong(header.pong.nonce, header.pong.credit_limit, now)
             case "grant":
                 self._credit(header.grant.credit_limit)
-            case _:
-                return
+            case "group_invite" | "group_end":
+                self._of_group(header, now)
         self.pump(now)
+
+    def _committed(self, committed: Committed, now: float) -> None:
+        self._credit(committed.credit_limit)
+        done = self._transfers.pop(committed.transfer_id, None)
+        if done is not None:
+            self._arrived(done, None, now)
+            done.whole(self.stats.transport)
+            self._forget(done)
+
+    def _of_group(self, header: TransferHeader, now: float) -> None:
+        if self.way is None:
+            return
+        if header.HasField("group_invite"):
+            self.way.invited(header.group_invite, now)
+        else:
+            self.way.ended(header.group_end, now)
 
     def look(self) -> PairStats:
         """What status shows, as it is now. From any thread."""
@@ -194,6 +212,11 @@ class Link:
 
     def tick(self, now: float) -> float:
         """Does what time asks for; returns the seconds until it asks again."""
+        if self.way is None:
+            return self._tick(now)
+        return min(self.way.tick(now), self._tick(now))
+
+    def _tick(self, now: float) -> float:
         if self.state is State.GREETING:
             if now - self._greeted_at > min(HELLO_SECONDS, self._timeout):
                 waited = f"did not answer within {min(HELLO_SECONDS, self._timeout)} s{self._garbled}"
@@ -228,6 +251,8 @@ class Link:
         self.stats.last_error = why.message
         transfers, self._transfers = list(self._transfers.values()), {}
         self._turns.clear()
+        if self.way is not None:
+            self.way.close()
         for transfer in transfers:
             transfer.end(why)
 
@@ -249,6 +274,8 @@ class Link:
             self._progress_at = self._heard_at = now
             self._window = header.welcome.credit_limit
             self._credit(self._window)
+            if self.way is not None:
+                self.way.welcomed(header.welcome.group_backend)
             self.pump(now)
         elif header.HasField("refused") and header.refused.transfer_id == 0:
             refused = header.refused
@@ -320,12 +347,16 @@ class Link:
         if size:
             self.stats.bandwidth.answered(size, sent_at, now)
 
-    def _send_piece(self, header: TransferHeader, data: memoryview | None) -> None:
+    def _send_piece(self, header: TransferHeader, data: memoryview | None, now: float) -> None:
         if data is not None:
             self.sent_bytes += len(data)
             self.stats.bytes_total += len(data)
             self.stats.chunks_total += 1
             header.chunk.sent_bytes = self.sent_bytes
+            run = None if self.way is None else self.way.send(data, now)
+            if run is not None:
+                header.chunk.group, header.chunk.run = run
+                data = None  # it lies in the group's staging by now
         self._send(header, data)
 
     def _send(self, header: TransferHeader, data: memoryview | None = None) -> None:

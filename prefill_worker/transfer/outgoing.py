@@ -1,6 +1,6 @@
 """One extent on its way: what is still to send, what is out, what was answered. No sockets, no clock of its own.
 
-┌── refused: CHECKSUM, SHAPE, NO_OFFER, CREDIT; or lost (a Ping was answered before it) ──┐
+┌── refused: CHECKSUM, SHAPE, NO_OFFER, CREDIT, NO_GROUP; or lost (a Ping was answered) ──┐
 ▼                                                                                         │
 to send ──▶ out ──▶ answered: taken ──▶ … ──▶ Committed
 │ the first whose checksum is not made yet holds the rest up, in order
@@ -26,6 +26,8 @@ from shared.kv.layout import KvShape
 _R = RefusalReason
 _TAKEN = frozenset({_R.REFUSAL_REASON_UNSPECIFIED, _R.REFUSAL_REASON_REPEATED})
 _AGAIN = frozenset({_R.REFUSAL_REASON_CHECKSUM, _R.REFUSAL_REASON_SHAPE, _R.REFUSAL_REASON_NO_OFFER})
+# Nothing was wrong with the chunk.
+_NO_FAULT = frozenset({_R.REFUSAL_REASON_CREDIT, _R.REFUSAL_REASON_NO_GROUP})
 # Chunks sent again because the receiver refused them, beyond one in eight: more is no accident.
 _RESENDS = 8
 
@@ -141,8 +143,8 @@ class Outgoing:
         if result.refusal in _TAKEN:
             self._just_taken = (self.chunks[result.chunk_index].length, sent[1])
             return True
-        if result.refusal == _R.REFUSAL_REASON_CREDIT:
-            self._again(result.chunk_index, "CREDIT")
+        if result.refusal in _NO_FAULT:
+            self._again(result.chunk_index, refusal_name(result.refusal))
             return False
         if result.refusal == _R.REFUSAL_REASON_NO_OFFER:
             self._offered = False

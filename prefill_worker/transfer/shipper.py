@@ -20,6 +20,7 @@ import zmq
 
 from drystone.v1.operations_pb2 import PairDirection, PairStatus
 from prefill_worker.transfer.errors import LinkBrokenError
+from prefill_worker.transfer.group_way import GroupWay
 from prefill_worker.transfer.link import IDLE_SECONDS, Link, State, closed
 from prefill_worker.transfer.outgoing import Outgoing, Shipped
 from prefill_worker.transfer.source import Source
@@ -28,6 +29,7 @@ from shared.errors import DrystoneError
 from shared.internal.v1.common_pb2 import Compatibility, KvEndpoint, Reservation, WorkerIdentity
 from shared.internal.v1.transfer_pb2 import TransferHeader
 from shared.kv.layout import KvShape
+from shared.transfer.choice import ZEROMQ_ALONE, End, wanted
 from shared.transfer.curve import ClientSecurity, not_let_in
 from shared.transfer.endpoints import chosen_address, end_dead_connections, transport_name
 from shared.transfer.envelope import MalformedFrameError, seal, unseal
@@ -62,12 +64,15 @@ class Shipper:
         timeout_seconds: Longest time without progress of a transfer.
         security: Puts keys on sockets; refuses endpoints that may not be sent to.
         on_end: Told on the event loop how each transfer ended, and what one that was committed did.
+        end: What the way of each pair is chosen by.
+        on_fallback: Told on the thread why a pair's process group failed.
 
     Attributes:
         shipped_bytes: Of chunks, since the start.
         resent: Chunks sent again, by reason.
         outcomes: Transfers, by how they ended.
         handshakes_failed: Links that failed before a word was said.
+        fallbacks: Process groups that failed, by why.
     """
 
     def __init__(
@@ -78,7 +83,12 @@ class Shipper:
         timeout_seconds: float,
         security: ClientSecurity | None = None,
         on_end: Callable[[str, Shipped | None], None] = lambda _outcome, _shipped: None,
+        end: End = ZEROMQ_ALONE,
+        on_fallback: Callable[[str], None] = lambda _reason: None,
     ) -> None:
+        self._end = end
+        self._on_fallback = on_fallback
+        self.fallbacks: Counter[str] = Counter()
         self._identity = identity
         self._compatibility = compatibility
         self._shape = shape
@@ -200,25 +210,26 @@ class Shipper:
         except DrystoneError:
             socket.close(0)
             raise
-        link = Link(
-            self._identity,
-            receiver,
-            self._compatibility,
-            self._timeout,
-            partial(_send, socket),
-            time.monotonic(),
-            PairStats(
-                receiver.worker_id,
-                address,
-                PairDirection.PAIR_DIRECTION_SEND,
-                transport_name(address),
-                curve=bool(socket.getsockopt(zmq.MECHANISM) == zmq.CURVE),
-            ),
+        stats = PairStats(
+            receiver.worker_id,
+            address,
+            PairDirection.PAIR_DIRECTION_SEND,
+            transport_name(address),
+            curve=bool(socket.getsockopt(zmq.MECHANISM) == zmq.CURVE),
         )
+        way = None
+        if wanted(self._end) is not None:
+            way = GroupWay(self._end, self._reactor, partial(_send, socket, data=None), stats, self._fell_back)
+        send = partial(_send, socket)
+        link = Link(self._identity, receiver, self._compatibility, self._timeout, send, time.monotonic(), stats, way)
         pair = _Pair(link, socket, address)
         self._reactor.register(socket, partial(self._read, pair))
         self._reactor.watch(socket, partial(self._handshake, pair))
         return pair
+
+    def _fell_back(self, reason: str) -> None:
+        self.fallbacks[reason] += 1
+        self._on_fallback(reason)
 
     def _handshake(self, pair: _Pair, ended: Handshake) -> None:
         if ended is Handshake.DONE:

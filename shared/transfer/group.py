@@ -35,7 +35,7 @@ LOOPBACK = "127.0.0.1"
 MEET_SECONDS = 60.0
 # For one run to pass, behind those before it.
 RUN_SECONDS = 5.0
-STAGING_BYTES = 16 << 20
+STAGING_BYTES = 24 << 20
 # Runs that the process has not done: their records fit into a pipe.
 MAX_RUNS = 1024
 _KILL_SECONDS = 1.0
@@ -66,7 +66,7 @@ class PairGroup:
         name: Of the group, the same on both ends, known to nobody else.
         port: Where the receiving end's process listens; 0 for that end itself.
         ordinal: Of the GPU, for NCCL.
-        staging_bytes: Runs that are in the process's hands fit into it.
+        staging_bytes: Runs in the process's hands fit into it: a pair's window, and what a ring wastes.
         meet_seconds: Longest time until READY.
         run_seconds: Longest time until DONE, for the oldest run.
 

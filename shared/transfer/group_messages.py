@@ -20,6 +20,9 @@ Role = Literal["send", "receive"]
 # kind, number, offset, length
 RECORD = struct.Struct("<B7xQQQ")
 MAX_TEXT_BYTES = 400
+MAX_NAME_BYTES = 64
+# Reason of a GroupEnd that is no failure.
+GROUP_IDLE = "IDLE"
 
 
 class Kind(IntEnum):

@@ -1,5 +1,8 @@
 """The process that owns one two-rank process group for a worker: `python -m shared.transfer.group_process`.
 
+Blocks rest in host memory, so runs come from it and go to it: Gloo sends them as they are, NCCL from a buffer on the
+GPU to one on the other. Checksums are those of the blocks' birth, made and checked by the workers.
+
 Neither Gloo nor NCCL can be relied on to end when its peer does: with an absent peer NCCL's receive and its abort both
 block for good. A process can be killed at any moment, so the group has one to itself, and the worker none.
 
@@ -12,6 +15,7 @@ It ends when its worker does: stdin closes, and the kernel sends SIGKILL to chil
 from __future__ import annotations
 
 import ctypes
+import importlib
 import mmap
 import os
 import queue
@@ -38,7 +42,7 @@ Move = Callable[["torch.Tensor"], None]
 def main() -> None:
     """Runs until the worker closes the pipe, or something fails."""
     _die_with_parent()
-    order = Order.of(sys.stdin.buffer.raw.readline(_LONGEST_ORDER))  # type: ignore[attr-defined] # pipes have it
+    order = Order.of(_order_line())
     runs: queue.SimpleQueue[tuple[int, int, int]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(runs,), name="commands", daemon=True).start()
     try:
@@ -69,8 +73,7 @@ def _serve(order: Order, runs: queue.SimpleQueue[tuple[int, int, int]]) -> None:
 
 def _joined(order: Order) -> dict[bool, Move]:
     """Meets the other process; what moves runs in this end's direction (True), and against it."""
-    from torch import distributed
-
+    distributed: Any = importlib.import_module("torch.distributed")
     limit = timedelta(seconds=order.seconds)
     rank = 0 if order.role == "receive" else 1
     if order.role == "receive":
@@ -97,12 +100,11 @@ def _joined(order: Order) -> dict[bool, Move]:
 
 
 def _gloo(store: Any, rank: int, order: Order, limit: timedelta) -> tuple[Move, Move]:
-    from torch.distributed import ProcessGroupGloo
-
-    options = ProcessGroupGloo._Options()  # noqa: SLF001 - the one way to bind it to one address
-    options._devices = [ProcessGroupGloo.create_device(hostname=order.address)]  # noqa: SLF001 - likewise
+    gloo: Any = importlib.import_module("torch.distributed").ProcessGroupGloo
+    options = gloo._Options()  # noqa: SLF001 - the one way to bind it to one address
+    options._devices = [gloo.create_device(hostname=order.address)]  # noqa: SLF001 - likewise
     options._timeout = limit  # noqa: SLF001 - likewise
-    group = ProcessGroupGloo(store, rank, 2, options)
+    group = gloo(store, rank, 2, options)
 
     def send(run: torch.Tensor) -> None:
         group.send([run], 1 - rank, 0).wait(limit)
@@ -116,14 +118,14 @@ def _gloo(store: Any, rank: int, order: Order, limit: timedelta) -> tuple[Move, 
 def _nccl(store: Any, rank: int, order: Order, limit: timedelta) -> tuple[Move, Move]:
     """Runs go through a buffer on the GPU, on a stream of their own."""
     import torch
-    from torch.distributed import ProcessGroupNCCL
 
+    nccl: Any = importlib.import_module("torch.distributed").ProcessGroupNCCL
     device = torch.device("cuda", order.ordinal)
     torch.cuda.set_device(device)
-    options = ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options = nccl.Options(is_high_priority_stream=True)
     options._timeout = limit  # noqa: SLF001 - the one way to set it
-    group = ProcessGroupNCCL(store, rank, 2, options)
-    stream = torch.cuda.Stream(device, priority=-1)
+    group = nccl(store, rank, 2, options)
+    stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call] # torch has no types for it
     buffer = torch.empty(0, dtype=torch.uint8, device=device)
 
     def room(run: torch.Tensor) -> torch.Tensor:
@@ -147,6 +149,14 @@ def _nccl(store: Any, rank: int, order: Order, limit: timedelta) -> tuple[Move, 
             stream.synchronize()
 
     return send, receive
+
+
+def _order_line() -> bytes:
+    """The first line, and not a byte more: records follow it."""
+    line = b""
+    while not line.endswith(b"\n") and len(line) < _LONGEST_ORDER:
+        line += os.read(sys.stdin.fileno(), 1) or b"\n"
+    return line
 
 
 def _listen(runs: queue.SimpleQueue[tuple[int, int, int]]) -> None:

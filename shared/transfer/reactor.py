@@ -51,7 +51,7 @@ class Reactor:
         self._wake_in.setblocking(False)  # noqa: FBT003 - the library's own signature
         self._poller = zmq.Poller()
         self._poller.register(self._wake_in, zmq.POLLIN)
-        self._readers: dict[zmq.Socket[bytes], Callable[[], bool]] = {}
+        self._readers: dict[zmq.Socket[bytes] | int, Callable[[], bool]] = {}
         self._monitors: dict[zmq.Socket[bytes], HandshakeMonitor] = {}
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._log = logs.get(name)
@@ -61,7 +61,7 @@ class Reactor:
         self._thread.start()
 
     def call(self, function: Callable[[], None]) -> None:
-        """Has the thread run `function` soon. From any thread; never blocks. Nothing is run after `stop`."""
+        """Has the thread run `function` soon. From any thread; never blocks. What comes after `stop` is not run."""
         self._calls.append(function)
         # Lowered by the thread before it looks at the calls: one of the two sees the other's change.
         if not self._signalled:
@@ -72,6 +72,16 @@ class Reactor:
         """Has `read` called while there may be messages; it takes one without waiting, and says whether it did."""
         self._readers[socket] = read
         self._poller.register(socket, zmq.POLLIN)
+
+    def register_file(self, descriptor: int, read: Callable[[], bool]) -> None:
+        """The same for an open file, such as a pipe; its owner closes it, after `forget_file`."""
+        self._readers[descriptor] = read
+        self._poller.register(descriptor, zmq.POLLIN)
+
+    def forget_file(self, descriptor: int) -> None:
+        """Looks no more; twice is as once."""
+        if self._readers.pop(descriptor, None) is not None:
+            self._poller.unregister(descriptor)
 
     def watch(self, socket: zmq.Socket[bytes], told: Callable[[Handshake], None]) -> None:
         """Has `told` called with the end of each handshake of a socket, until that one is forgotten."""
@@ -98,7 +108,10 @@ class Reactor:
             self._log.error("thread_stuck", thread=self._name, seconds=seconds)
             return False
         for socket in [*self._monitors, *self._readers]:
-            self.forget(socket)
+            if isinstance(socket, int):
+                self.forget_file(socket)
+            else:
+                self.forget(socket)
         self.context.destroy(0)
         self._wake_in.close()
         self._wake_out.close()
@@ -118,8 +131,11 @@ class Reactor:
                 if socket in ready:
                     self._drain(socket, read)
             wait = self._next()
+        # What was handed in before `stop`: it may have to end what outlives the sockets.
+        while self._calls:
+            self._guarded(self._calls.popleft())
 
-    def _drain(self, socket: zmq.Socket[bytes], read: Callable[[], bool]) -> None:
+    def _drain(self, socket: zmq.Socket[bytes] | int, read: Callable[[], bool]) -> None:
         for _ in range(_ROUND_MESSAGES):
             if socket not in self._readers or not self._guarded(read):
                 return

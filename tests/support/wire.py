@@ -23,6 +23,7 @@ from shared.internal.v1.transfer_pb2 import TransferHeader
 from shared.kv.birth import make_birth
 from shared.kv.layout import KvShape
 from shared.runtime import cancelled
+from shared.transfer.choice import Setting, own_end
 from shared.transfer.envelope import MalformedFrameError, unseal
 from shared.transfer.raw import raw_bytes
 from tests.support.decode_parts import make_pool, make_request
@@ -117,7 +118,10 @@ def _header(frames: Frames) -> TransferHeader | None:
 class Wire:
     """A pool with a receiver, a shipper, and the relay between them."""
 
-    def __init__(self, receiver_is: Compatibility, sender_is: Compatibility, timeout: float) -> None:
+    def __init__(
+        self, receiver_is: Compatibility, sender_is: Compatibility, timeout: float, kv_transport: Setting = "zmq"
+    ) -> None:
+        end = own_end(kv_transport, "cpu")
         self.pool: Pool = make_pool(8 * TOKENS, SHAPE)
         self.committed: list[bytes] = []
         self.receiver = Receiver(
@@ -126,12 +130,13 @@ class Wire:
             SHAPE,
             view=lambda landing: self.pool.arena.bytes_of(landing.extent),
             committed=self._commit,
+            end=end,
         )
         listener = Listener(self.receiver.context, SHAPE, "tcp://127.0.0.1:0")
         self.receiver.listen(listener)
         self.direct = listener.address
         self.relay = Relay(self.direct)
-        self.shipper = Shipper(SENDER, sender_is, SHAPE, timeout)
+        self.shipper = Shipper(SENDER, sender_is, SHAPE, timeout, end=end)
         self.receiver.start()
 
     def _commit(self, fetch: Fetch, size: int) -> None:
@@ -173,10 +178,10 @@ class Wire:
 
 
 @contextlib.asynccontextmanager
-async def wired(seconds: float = 10.0, **differing: object) -> AsyncIterator[Wire]:
+async def wired(seconds: float = 10.0, kv_transport: Setting = "zmq", **differing: object) -> AsyncIterator[Wire]:
     """Both ends, the sender patient for so long; `differing` are fields in which the sender's KV is of another kind."""
     shape = {"layers": SHAPE.layers, "kv_heads": SHAPE.kv_heads, "head_dim": SHAPE.head_dim}
-    wire = Wire(compatibility(**shape), compatibility(**{**shape, **differing}), seconds)
+    wire = Wire(compatibility(**shape), compatibility(**{**shape, **differing}), seconds, kv_transport)
     try:
         yield wire
     finally:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ def until(condition: Callable[[], bool], seconds: float = _SECONDS) -> None:
 
 
 def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def mapped() -> int:
@@ -112,12 +113,12 @@ def test_room_is_bounded_and_comes_back() -> None:
         runs = 0
         while sender.send(memoryview(_RUN)) is not None:
             runs += 1
-            assert runs <= 16
-        assert runs == 16
+            assert runs <= 24
+        assert runs == 24
         assert receiver.receive(len(_RUN)) == 1
         assert events(receiver, Kind.DONE).kind is Kind.DONE
         assert events(sender, Kind.DONE).kind is Kind.DONE
-        assert sender.send(memoryview(_RUN)) == 17
+        assert sender.send(memoryview(_RUN)) == 25
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
@@ -191,8 +192,11 @@ import select, sys, time
 from shared.transfer.group import PairGroup
 from shared.transfer.group_messages import Kind
 group = PairGroup("receive", "gloo", "secret")
-while not any(event.kind is Kind.LISTENING and not print(event.number, group.pid, flush=True) for event in group.events()):
+events = []
+while not events:
     select.select([group], [], [], 1)
+    events = group.events()
+print(events[0].number, group.pid, flush=True)
 group.receive(1 << 20)
 time.sleep(600)
 """
@@ -210,14 +214,14 @@ def test_the_other_worker_dies_or_stops(blow: signal.Signals) -> None:
                 assert events(sender, Kind.READY).kind is Kind.READY
                 os.kill(worker.pid, blow)
                 if blow is signal.SIGKILL:
-                    until(lambda: gone(child))
+                    until(partial(gone, child))
                 for _run in range(4):  # the first was asked for before; it may pass where the worker merely stopped
                     sender.send(memoryview(_RUN))
                 assert ended(sender)
             finally:
                 sender.kill()
                 worker.kill()
-        until(lambda: gone(child))
+        until(partial(gone, child))
         assert gone(sender.pid)
 
 

@@ -25,41 +25,49 @@ _sym_db = _symbol_database.Default()
 from shared.internal.v1 import common_pb2 as drystone_dot_internal_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#drystone/internal/v1/transfer.proto\x12\x14\x64rystone.internal.v1\x1a!drystone/internal/v1/common.proto\"3\n\x08\x45nvelope\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x17\n\x0fheader_checksum\x18\x02 \x01(\x06\"\xae\x04\n\x0eTransferHeader\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.drystone.internal.v1.HelloH\x00\x12\x30\n\x07welcome\x18\x02 \x01(\x0b\x32\x1d.drystone.internal.v1.WelcomeH\x00\x12,\n\x05offer\x18\x03 \x01(\x0b\x32\x1b.drystone.internal.v1.OfferH\x00\x12,\n\x05grant\x18\x04 \x01(\x0b\x32\x1b.drystone.internal.v1.GrantH\x00\x12,\n\x05\x63hunk\x18\x05 \x01(\x0b\x32\x1b.drystone.internal.v1.ChunkH\x00\x12\x39\n\x0c\x63hunk_result\x18\x06 \x01(\x0b\x32!.drystone.internal.v1.ChunkResultH\x00\x12\x34\n\tcommitted\x18\x07 \x01(\x0b\x32\x1f.drystone.internal.v1.CommittedH\x00\x12\x30\n\x07refused\x18\x08 \x01(\x0b\x32\x1d.drystone.internal.v1.RefusedH\x00\x12,\n\x05\x61\x62ort\x18\t \x01(\x0b\x32\x1b.drystone.internal.v1.AbortH\x00\x12*\n\x04ping\x18\n \x01(\x0b\x32\x1a.drystone.internal.v1.PingH\x00\x12*\n\x04pong\x18\x0b \x01(\x0b\x32\x1a.drystone.internal.v1.PongH\x00\x42\t\n\x07message\"\xc2\x01\n\x05Hello\x12\x34\n\x06sender\x18\x01 \x01(\x0b\x32$.drystone.internal.v1.WorkerIdentity\x12\x36\n\x08receiver\x18\x02 \x01(\x0b\x32$.drystone.internal.v1.WorkerIdentity\x12:\n\rcompatibility\x18\x03 \x01(\x0b\x32#.drystone.internal.v1.Compatibility\x12\x0f\n\x07session\x18\x04 \x01(\x06\"\x81\x01\n\x07Welcome\x12\x36\n\x08receiver\x18\x01 \x01(\x0b\x32$.drystone.internal.v1.WorkerIdentity\x12\x14\n\x0c\x63redit_limit\x18\x02 \x01(\x04\x12\x17\n\x0fmax_chunk_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07session\x18\x04 \x01(\x06\"h\n\x05\x42irth\x12\x10\n\x08\x62irth_id\x18\x01 \x01(\x0c\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x63hunk_count\x18\x04 \x01(\r\x12\x19\n\x11\x63hecksum_function\x18\x05 \x01(\t\"\x8d\x01\n\x05Offer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x36\n\x0breservation\x18\x02 \x01(\x0b\x32!.drystone.internal.v1.Reservation\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12*\n\x05\x62irth\x18\x04 \x01(\x0b\x32\x1b.drystone.internal.v1.Birth\"\x1d\n\x05Grant\x12\x14\n\x0c\x63redit_limit\x18\x01 \x01(\x04\"\xf8\x01\n\x05\x43hunk\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x36\n\x0breservation\x18\x02 \x01(\x0b\x32!.drystone.internal.v1.Reservation\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12\x10\n\x08\x62irth_id\x18\x04 \x01(\x0c\x12\x13\n\x0b\x63hunk_index\x18\x05 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x06 \x01(\r\x12\x13\n\x0blayer_count\x18\x07 \x01(\r\x12\x0e\n\x06offset\x18\x08 \x01(\x04\x12\x0e\n\x06length\x18\t \x01(\x04\x12\x10\n\x08\x63hecksum\x18\n \x01(\x06\x12\x12\n\nsent_bytes\x18\x0b \x01(\x04\"\x94\x01\n\x0b\x43hunkResult\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x63hunk_index\x18\x02 \x01(\r\x12\x34\n\x07refusal\x18\x03 \x01(\x0e\x32#.drystone.internal.v1.RefusalReason\x12\x14\n\x0c\x63redit_limit\x18\x04 \x01(\x04\x12\x0f\n\x07message\x18\x05 \x01(\t\"G\n\tCommitted\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x61lready\x18\x02 \x01(\x08\x12\x14\n\x0c\x63redit_limit\x18\x03 \x01(\x04\"\x89\x01\n\x07Refused\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x33\n\x06reason\x18\x02 \x01(\x0e\x32#.drystone.internal.v1.RefusalReason\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x14\n\x0c\x63redit_limit\x18\x05 \x01(\x04\"v\n\x05\x41\x62ort\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x36\n\x0breservation\x18\x03 \x01(\x0b\x32!.drystone.internal.v1.Reservation\x12\x10\n\x08\x62irth_id\x18\x04 \x01(\x0c\")\n\x04Ping\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12\x12\n\nsent_bytes\x18\x02 \x01(\x04\"+\n\x04Pong\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12\x14\n\x0c\x63redit_limit\x18\x02 \x01(\x04*\x9f\x03\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x1f\n\x1bREFUSAL_REASON_INCOMPATIBLE\x10\x01\x12$\n REFUSAL_REASON_STALE_INCARNATION\x10\x02\x12\x1e\n\x1aREFUSAL_REASON_STALE_EPOCH\x10\x03\x12&\n\"REFUSAL_REASON_UNKNOWN_RESERVATION\x10\x04\x12\x1b\n\x17REFUSAL_REASON_CHECKSUM\x10\x05\x12\x18\n\x14REFUSAL_REASON_SHAPE\x10\x06\x12\x18\n\x14REFUSAL_REASON_BIRTH\x10\x07\x12\x1b\n\x17REFUSAL_REASON_REPEATED\x10\x08\x12\x19\n\x15REFUSAL_REASON_CREDIT\x10\t\x12\x1c\n\x18REFUSAL_REASON_MALFORMED\x10\n\x12\x1b\n\x17REFUSAL_REASON_NO_HELLO\x10\x0b\x12\x1b\n\x17REFUSAL_REASON_NO_OFFER\x10\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#drystone/internal/v1/transfer.proto\x12\x14\x64rystone.internal.v1\x1a!drystone/internal/v1/common.proto\"3\n\x08\x45nvelope\x12\x0e\n\x06header\x18\x01 \x01(\x0c\x12\x17\n\x0fheader_checksum\x18\x02 \x01(\x06\"\xd3\x05\n\x0eTransferHeader\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.drystone.internal.v1.HelloH\x00\x12\x30\n\x07welcome\x18\x02 \x01(\x0b\x32\x1d.drystone.internal.v1.WelcomeH\x00\x12,\n\x05offer\x18\x03 \x01(\x0b\x32\x1b.drystone.internal.v1.OfferH\x00\x12,\n\x05grant\x18\x04 \x01(\x0b\x32\x1b.drystone.internal.v1.GrantH\x00\x12,\n\x05\x63hunk\x18\x05 \x01(\x0b\x32\x1b.drystone.internal.v1.ChunkH\x00\x12\x39\n\x0c\x63hunk_result\x18\x06 \x01(\x0b\x32!.drystone.internal.v1.ChunkResultH\x00\x12\x34\n\tcommitted\x18\x07 \x01(\x0b\x32\x1f.drystone.internal.v1.CommittedH\x00\x12\x30\n\x07refused\x18\x08 \x01(\x0b\x32\x1d.drystone.internal.v1.RefusedH\x00\x12,\n\x05\x61\x62ort\x18\t \x01(\x0b\x32\x1b.drystone.internal.v1.AbortH\x00\x12*\n\x04ping\x18\n \x01(\x0b\x32\x1a.drystone.internal.v1.PingH\x00\x12*\n\x04pong\x18\x0b \x01(\x0b\x32\x1a.drystone.internal.v1.PongH\x00\x12\x33\n\tgroup_ask\x18\x0c \x01(\x0b\x32\x1e.drystone.internal.v1.GroupAskH\x00\x12\x39\n\x0cgroup_invite\x18\r \x01(\x0b\x32!.drystone.internal.v1.GroupInviteH\x00\x12\x33\n\tgroup_end\x18\x0e \x01(\x0b\x32\x1e.drystone.internal.v1.GroupEndH\x00\x42\t\n\x07message\"\xee\x01\n\x05Hello\x12\x34\n\x06sender\x18\x01 \x01(\x0b\x32$.drystone.internal.v1.WorkerIdentity\x12\x36\n\x08receiver\x18\x02 \x01(\x0b\x32$.drystone.internal.v1.WorkerIdentity\x12:\n\rcompatibility\x18\x03 \x01(\x0b\x32#.drystone.internal.v1.Compatibility\x12\x0f\n\x07session\x18\x04 \x01(\x06\x12*\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x1d.drystone.internal.v1.PairEnd\"=\n\x07PairEnd\x12\x14\n\x0ckv_transport\x18\x01 \x01(\t\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\"\x98\x01\n\x07Welcome\x12\x36\n\x08receiver\x18\x01 \x01(\x0b\x32$.drystone.internal.v1.WorkerIdentity\x12\x14\n\x0c\x63redit_limit\x18\x02 \x01(\x04\x12\x17\n\x0fmax_chunk_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07session\x18\x04 \x01(\x06\x12\x15\n\rgroup_backend\x18\x05 \x01(\t\"\n\n\x08GroupAsk\"8\n\x0bGroupInvite\x12\r\n\x05group\x18\x01 \x01(\x04\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04port\x18\x03 \x01(\r\")\n\x08GroupEnd\x12\r\n\x05group\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"h\n\x05\x42irth\x12\x10\n\x08\x62irth_id\x18\x01 \x01(\x0c\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x63hunk_count\x18\x04 \x01(\r\x12\x19\n\x11\x63hecksum_function\x18\x05 \x01(\t\"\x8d\x01\n\x05Offer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x36\n\x0breservation\x18\x02 \x01(\x0b\x32!.drystone.internal.v1.Reservation\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12*\n\x05\x62irth\x18\x04 \x01(\x0b\x32\x1b.drystone.internal.v1.Birth\"\x1d\n\x05Grant\x12\x14\n\x0c\x63redit_limit\x18\x01 \x01(\x04\"\x94\x02\n\x05\x43hunk\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x36\n\x0breservation\x18\x02 \x01(\x0b\x32!.drystone.internal.v1.Reservation\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12\x10\n\x08\x62irth_id\x18\x04 \x01(\x0c\x12\x13\n\x0b\x63hunk_index\x18\x05 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x06 \x01(\r\x12\x13\n\x0blayer_count\x18\x07 \x01(\r\x12\x0e\n\x06offset\x18\x08 \x01(\x04\x12\x0e\n\x06length\x18\t \x01(\x04\x12\x10\n\x08\x63hecksum\x18\n \x01(\x06\x12\x12\n\nsent_bytes\x18\x0b \x01(\x04\x12\r\n\x05group\x18\x0c \x01(\x04\x12\x0b\n\x03run\x18\r \x01(\x04\"\x94\x01\n\x0b\x43hunkResult\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x63hunk_index\x18\x02 \x01(\r\x12\x34\n\x07refusal\x18\x03 \x01(\x0e\x32#.drystone.internal.v1.RefusalReason\x12\x14\n\x0c\x63redit_limit\x18\x04 \x01(\x04\x12\x0f\n\x07message\x18\x05 \x01(\t\"G\n\tCommitted\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x61lready\x18\x02 \x01(\x08\x12\x14\n\x0c\x63redit_limit\x18\x03 \x01(\x04\"\x89\x01\n\x07Refused\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x33\n\x06reason\x18\x02 \x01(\x0e\x32#.drystone.internal.v1.RefusalReason\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x14\n\x0c\x63redit_limit\x18\x05 \x01(\x04\"v\n\x05\x41\x62ort\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x36\n\x0breservation\x18\x03 \x01(\x0b\x32!.drystone.internal.v1.Reservation\x12\x10\n\x08\x62irth_id\x18\x04 \x01(\x0c\")\n\x04Ping\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12\x12\n\nsent_bytes\x18\x02 \x01(\x04\"+\n\x04Pong\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12\x14\n\x0c\x63redit_limit\x18\x02 \x01(\x04*\xbc\x03\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x1f\n\x1bREFUSAL_REASON_INCOMPATIBLE\x10\x01\x12$\n REFUSAL_REASON_STALE_INCARNATION\x10\x02\x12\x1e\n\x1aREFUSAL_REASON_STALE_EPOCH\x10\x03\x12&\n\"REFUSAL_REASON_UNKNOWN_RESERVATION\x10\x04\x12\x1b\n\x17REFUSAL_REASON_CHECKSUM\x10\x05\x12\x18\n\x14REFUSAL_REASON_SHAPE\x10\x06\x12\x18\n\x14REFUSAL_REASON_BIRTH\x10\x07\x12\x1b\n\x17REFUSAL_REASON_REPEATED\x10\x08\x12\x19\n\x15REFUSAL_REASON_CREDIT\x10\t\x12\x1c\n\x18REFUSAL_REASON_MALFORMED\x10\n\x12\x1b\n\x17REFUSAL_REASON_NO_HELLO\x10\x0b\x12\x1b\n\x17REFUSAL_REASON_NO_OFFER\x10\x0c\x12\x1b\n\x17REFUSAL_REASON_NO_GROUP\x10\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shared.internal.v1.transfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REFUSALREASON']._serialized_start=2144
-  _globals['_REFUSALREASON']._serialized_end=2559
+  _globals['_REFUSALREASON']._serialized_start=2580
+  _globals['_REFUSALREASON']._serialized_end=3024
   _globals['_ENVELOPE']._serialized_start=96
   _globals['_ENVELOPE']._serialized_end=147
   _globals['_TRANSFERHEADER']._serialized_start=150
-  _globals['_TRANSFERHEADER']._serialized_end=708
-  _globals['_HELLO']._serialized_start=711
-  _globals['_HELLO']._serialized_end=905
-  _globals['_WELCOME']._serialized_start=908
-  _globals['_WELCOME']._serialized_end=1037
-  _globals['_BIRTH']._serialized_start=1039
-  _globals['_BIRTH']._serialized_end=1143
-  _globals['_OFFER']._serialized_start=1146
-  _globals['_OFFER']._serialized_end=1287
-  _globals['_GRANT']._serialized_start=1289
-  _globals['_GRANT']._serialized_end=1318
-  _globals['_CHUNK']._serialized_start=1321
-  _globals['_CHUNK']._serialized_end=1569
-  _globals['_CHUNKRESULT']._serialized_start=1572
-  _globals['_CHUNKRESULT']._serialized_end=1720
-  _globals['_COMMITTED']._serialized_start=1722
-  _globals['_COMMITTED']._serialized_end=1793
-  _globals['_REFUSED']._serialized_start=1796
-  _globals['_REFUSED']._serialized_end=1933
-  _globals['_ABORT']._serialized_start=1935
-  _globals['_ABORT']._serialized_end=2053
-  _globals['_PING']._serialized_start=2055
-  _globals['_PING']._serialized_end=2096
-  _globals['_PONG']._serialized_start=2098
-  _globals['_PONG']._serialized_end=2141
+  _globals['_TRANSFERHEADER']._serialized_end=873
+  _globals['_HELLO']._serialized_start=876
+  _globals['_HELLO']._serialized_end=1114
+  _globals['_PAIREND']._serialized_start=1116
+  _globals['_PAIREND']._serialized_end=1177
+  _globals['_WELCOME']._serialized_start=1180
+  _globals['_WELCOME']._serialized_end=1332
+  _globals['_GROUPASK']._serialized_start=1334
+  _globals['_GROUPASK']._serialized_end=1344
+  _globals['_GROUPINVITE']._serialized_start=1346
+  _globals['_GROUPINVITE']._serialized_end=1402
+  _globals['_GROUPEND']._serialized_start=1404
+  _globals['_GROUPEND']._serialized_end=1445
+  _globals['_BIRTH']._serialized_start=1447
+  _globals['_BIRTH']._serialized_end=1551
+  _globals['_OFFER']._serialized_start=1554
+  _globals['_OFFER']._serialized_end=1695
+  _globals['_GRANT']._serialized_start=1697
+  _globals['_GRANT']._serialized_end=1726
+  _globals['_CHUNK']._serialized_start=1729
+  _globals['_CHUNK']._serialized_end=2005
+  _globals['_CHUNKRESULT']._serialized_start=2008
+  _globals['_CHUNKRESULT']._serialized_end=2156
+  _globals['_COMMITTED']._serialized_start=2158
+  _globals['_COMMITTED']._serialized_end=2229
+  _globals['_REFUSED']._serialized_start=2232
+  _globals['_REFUSED']._serialized_end=2369
+  _globals['_ABORT']._serialized_start=2371
+  _globals['_ABORT']._serialized_end=2489
+  _globals['_PING']._serialized_start=2491
+  _globals['_PING']._serialized_end=2532
+  _globals['_PONG']._serialized_start=2534
+  _globals['_PONG']._serialized_end=2577
 # @@protoc_insertion_point(module_scope)

@@ -6,7 +6,7 @@ Prefill worker to decode worker over ZeroMQ: how an extent travels.
 One message is a multipart of one or two frames:
 
   ┌────────────────────────────┐ ┌──────────────────────────────┐
-  │ frame 0: Envelope          │ │ frame 1: raw bytes of a Chunk │   (Chunk messages only)
+  │ frame 0: Envelope          │ │ frame 1: raw bytes of a Chunk │   (Chunk messages without a group only)
   └────────────────────────────┘ └──────────────────────────────┘
 """
 
@@ -57,6 +57,8 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     """No Hello has been welcomed on this pair."""
     REFUSAL_REASON_NO_OFFER: _RefusalReason.ValueType  # 12
     """No Offer of this extent has come: offer it again, then send the chunk again."""
+    REFUSAL_REASON_NO_GROUP: _RefusalReason.ValueType  # 13
+    """Its group ended before it brought the chunk: send it again, over ZeroMQ."""
 
 class RefusalReason(_RefusalReason, metaclass=_RefusalReasonEnumTypeWrapper):
     """Why something was refused."""
@@ -87,6 +89,8 @@ REFUSAL_REASON_NO_HELLO: RefusalReason.ValueType  # 11
 """No Hello has been welcomed on this pair."""
 REFUSAL_REASON_NO_OFFER: RefusalReason.ValueType  # 12
 """No Offer of this extent has come: offer it again, then send the chunk again."""
+REFUSAL_REASON_NO_GROUP: RefusalReason.ValueType  # 13
+"""Its group ended before it brought the chunk: send it again, over ZeroMQ."""
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 
 @_typing.final
@@ -132,6 +136,9 @@ class TransferHeader(_message.Message):
     ABORT_FIELD_NUMBER: _builtins.int
     PING_FIELD_NUMBER: _builtins.int
     PONG_FIELD_NUMBER: _builtins.int
+    GROUP_ASK_FIELD_NUMBER: _builtins.int
+    GROUP_INVITE_FIELD_NUMBER: _builtins.int
+    GROUP_END_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """Sender to receiver: first message of a pair."""
@@ -176,6 +183,18 @@ class TransferHeader(_message.Message):
     def pong(self) -> Global___Pong:
         """Answer to Ping."""
 
+    @_builtins.property
+    def group_ask(self) -> Global___GroupAsk:
+        """Sender to receiver: have a process group of this pair made."""
+
+    @_builtins.property
+    def group_invite(self) -> Global___GroupInvite:
+        """Receiver to sender: its end of the group waits for the other."""
+
+    @_builtins.property
+    def group_end(self) -> Global___GroupEnd:
+        """Either way: the group is no more."""
+
     def __init__(
         self,
         *,
@@ -190,12 +209,15 @@ class TransferHeader(_message.Message):
         abort: Global___Abort | None = ...,
         ping: Global___Ping | None = ...,
         pong: Global___Pong | None = ...,
+        group_ask: Global___GroupAsk | None = ...,
+        group_invite: Global___GroupInvite | None = ...,
+        group_end: Global___GroupEnd | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "chunk", b"chunk", "chunk_result", b"chunk_result", "committed", b"committed", "grant", b"grant", "hello", b"hello", "message", b"message", "offer", b"offer", "ping", b"ping", "pong", b"pong", "refused", b"refused", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "chunk", b"chunk", "chunk_result", b"chunk_result", "committed", b"committed", "grant", b"grant", "group_ask", b"group_ask", "group_end", b"group_end", "group_invite", b"group_invite", "hello", b"hello", "message", b"message", "offer", b"offer", "ping", b"ping", "pong", b"pong", "refused", b"refused", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "chunk", b"chunk", "chunk_result", b"chunk_result", "committed", b"committed", "grant", b"grant", "hello", b"hello", "message", b"message", "offer", b"offer", "ping", b"ping", "pong", b"pong", "refused", b"refused", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "chunk", b"chunk", "chunk_result", b"chunk_result", "committed", b"committed", "grant", b"grant", "group_ask", b"group_ask", "group_end", b"group_end", "group_invite", b"group_invite", "hello", b"hello", "message", b"message", "offer", b"offer", "ping", b"ping", "pong", b"pong", "refused", b"refused", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "welcome", "offer", "grant", "chunk", "chunk_result", "committed", "refused", "abort", "ping", "pong"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "welcome", "offer", "grant", "chunk", "chunk_result", "committed", "refused", "abort", "ping", "pong", "group_ask", "group_invite", "group_end"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -211,6 +233,7 @@ class Hello(_message.Message):
     RECEIVER_FIELD_NUMBER: _builtins.int
     COMPATIBILITY_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
     session: _builtins.int
     """Number of this connection, drawn by the sender. A receiver that knows it already keeps its books."""
     @_builtins.property
@@ -225,6 +248,10 @@ class Hello(_message.Message):
     def compatibility(self) -> _common_pb2.Compatibility:
         """What the sender's KV is."""
 
+    @_builtins.property
+    def end(self) -> Global___PairEnd:
+        """What the receiver chooses the pair's way by."""
+
     def __init__(
         self,
         *,
@@ -232,14 +259,45 @@ class Hello(_message.Message):
         receiver: _common_pb2.WorkerIdentity | None = ...,
         compatibility: _common_pb2.Compatibility | None = ...,
         session: _builtins.int = ...,
+        end: Global___PairEnd | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["compatibility", b"compatibility", "receiver", b"receiver", "sender", b"sender"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compatibility", b"compatibility", "end", b"end", "receiver", b"receiver", "sender", b"sender"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compatibility", b"compatibility", "receiver", b"receiver", "sender", b"sender", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compatibility", b"compatibility", "end", b"end", "receiver", b"receiver", "sender", b"sender", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Hello: _TypeAlias = Hello  # noqa: Y015
+
+@_typing.final
+class PairEnd(_message.Message):
+    """What one end of a pair says of itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KV_TRANSPORT_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    kv_transport: _builtins.str
+    """Its setting: "auto", "zmq", "gloo" or "nccl"."""
+    host: _builtins.str
+    """Name of its host; empty where not known."""
+    device: _builtins.str
+    """Where its KV lies: "cpu", or "cuda:" and the GPU's unique id."""
+    def __init__(
+        self,
+        *,
+        kv_transport: _builtins.str = ...,
+        host: _builtins.str = ...,
+        device: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "host", b"host", "kv_transport", b"kv_transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PairEnd: _TypeAlias = PairEnd  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):
@@ -251,12 +309,15 @@ class Welcome(_message.Message):
     CREDIT_LIMIT_FIELD_NUMBER: _builtins.int
     MAX_CHUNK_BYTES_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
+    GROUP_BACKEND_FIELD_NUMBER: _builtins.int
     credit_limit: _builtins.int
     """How far the pair's count of sent bytes may go; counts begin at 0 with the session."""
     max_chunk_bytes: _builtins.int
     """Largest chunk taken, in bytes."""
     session: _builtins.int
     """Of the Hello that it answers."""
+    group_backend: _builtins.str
+    """Process group that the sender may ask for: "gloo" or "nccl"; empty for ZeroMQ alone."""
     @_builtins.property
     def receiver(self) -> _common_pb2.WorkerIdentity:
         """Receiver."""
@@ -268,14 +329,88 @@ class Welcome(_message.Message):
         credit_limit: _builtins.int = ...,
         max_chunk_bytes: _builtins.int = ...,
         session: _builtins.int = ...,
+        group_backend: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["receiver", b"receiver"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_limit", b"credit_limit", "max_chunk_bytes", b"max_chunk_bytes", "receiver", b"receiver", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_limit", b"credit_limit", "group_backend", b"group_backend", "max_chunk_bytes", b"max_chunk_bytes", "receiver", b"receiver", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
+
+@_typing.final
+class GroupAsk(_message.Message):
+    """Have a process group of this pair made. One that there is ends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupAsk: _TypeAlias = GroupAsk  # noqa: Y015
+
+@_typing.final
+class GroupInvite(_message.Message):
+    """The receiver's end of a group waits for the sender's, on the loopback interface."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    group: _builtins.int
+    """Number of the group, above those before it."""
+    name: _builtins.str
+    """Its name in its store, told to nobody else."""
+    port: _builtins.int
+    """Where the store listens."""
+    def __init__(
+        self,
+        *,
+        group: _builtins.int = ...,
+        name: _builtins.str = ...,
+        port: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "name", b"name", "port", b"port"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupInvite: _TypeAlias = GroupInvite  # noqa: Y015
+
+@_typing.final
+class GroupEnd(_message.Message):
+    """A group is no more. Chunks that it has not brought are answered with NO_GROUP."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    group: _builtins.int
+    """Number of the group; 0 for one that could not be made."""
+    reason: _builtins.str
+    """Why: IDLE, or what was wrong."""
+    def __init__(
+        self,
+        *,
+        group: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupEnd: _TypeAlias = GroupEnd  # noqa: Y015
 
 @_typing.final
 class Birth(_message.Message):
@@ -392,6 +527,8 @@ class Chunk(_message.Message):
     LENGTH_FIELD_NUMBER: _builtins.int
     CHECKSUM_FIELD_NUMBER: _builtins.int
     SENT_BYTES_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     """The transfer."""
     key: _builtins.bytes
@@ -412,6 +549,10 @@ class Chunk(_message.Message):
     """Checksum made at birth over identity and bytes."""
     sent_bytes: _builtins.int
     """Bytes of chunks sent over the pair in this session, this one and those sent again among them."""
+    group: _builtins.int
+    """Group that brings its bytes; 0 where they are frame 1."""
+    run: _builtins.int
+    """Which of the group's runs they are, from 1, without gaps."""
     @_builtins.property
     def reservation(self) -> _common_pb2.Reservation:
         """Where it goes."""
@@ -430,10 +571,12 @@ class Chunk(_message.Message):
         length: _builtins.int = ...,
         checksum: _builtins.int = ...,
         sent_bytes: _builtins.int = ...,
+        group: _builtins.int = ...,
+        run: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["reservation", b"reservation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["birth_id", b"birth_id", "checksum", b"checksum", "chunk_index", b"chunk_index", "first_layer", b"first_layer", "key", b"key", "layer_count", b"layer_count", "length", b"length", "offset", b"offset", "reservation", b"reservation", "sent_bytes", b"sent_bytes", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["birth_id", b"birth_id", "checksum", b"checksum", "chunk_index", b"chunk_index", "first_layer", b"first_layer", "group", b"group", "key", b"key", "layer_count", b"layer_count", "length", b"length", "offset", b"offset", "reservation", b"reservation", "run", b"run", "sent_bytes", b"sent_bytes", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

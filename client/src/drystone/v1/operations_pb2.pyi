@@ -222,7 +222,7 @@ class PairStatus(_message.Message):
     round_trip_seconds: _builtins.float
     """Seconds from the last Ping to its Pong, behind whatever data was before it; 0 while not known. Senders only."""
     fallbacks_total: _builtins.int
-    """Times that transfers went on over another transport than the one chosen."""
+    """Times that the pair fell back from a process group to ZeroMQ."""
     last_error: _builtins.str
     """Last thing that went wrong, in words; empty when nothing has."""
     age_seconds: _builtins.float
