@@ -87,11 +87,13 @@ serve: env ## Run a gateway with a prefill and a decode worker until Ctrl-C
 check: env ## Compare served answers with the reference
 	@$(BIN)/drystone check $(ARGS)
 
-proof: env ## Long proofs: 10,000 requests, 100 kills during writes and on the wire, warming interrupted, 50 prompts checked
+proof: env ## Long proofs, about two hours: soak, kills, fuzzing, a bad wire, warming interrupted, 50 prompts checked
 	@$(BIN)/python -m tests.load.soak
 	@DRYSTONE_CRASHES=100 $(BIN)/python -m pytest -q tests/prefill_worker -k 'crash or kill'
 	@DRYSTONE_KILLS=100 $(BIN)/python -m pytest -q tests/transfer/test_proof_kills.py tests/transfer/test_proof_tcp.py
-	@DRYSTONE_CRASHES=100 $(BIN)/python -m pytest -q tests/transfer/test_group_process.py
+	@DRYSTONE_CRASHES=20 $(BIN)/python -m pytest -q tests/transfer/test_group_process.py
+	@DRYSTONE_FUZZ_SECONDS=600 $(BIN)/python -m pytest -q tests/transfer/test_fuzz_headers.py
+	@DRYSTONE_CHAOS=2000 $(BIN)/python -m pytest -q -s tests/e2e/test_chaos_served.py
 	@if [ -f '$(QUESTIONS)' ]; then $(BIN)/python -m tests.load.warm_interrupted --questions '$(QUESTIONS)'; \
 		else echo 'proof: warming not interrupted: no $(QUESTIONS); name a file with QUESTIONS=' >&2; fi
 	@$(BIN)/drystone check --prompts 50 --full $(ARGS)

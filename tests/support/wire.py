@@ -64,6 +64,8 @@ class Relay:
         self.address = self._front.getsockopt_string(zmq.LAST_ENDPOINT)
         self._backs: dict[bytes, zmq.asyncio.Socket] = {}
         self._tasks = [asyncio.create_task(self._forward())]
+        # Seconds that the next message waits, and all behind it.
+        self.pause = 0.0
         self.there: Fault = untouched
         self.back: Fault = untouched
 
@@ -77,6 +79,8 @@ class Relay:
             identity, *frames = await self._front.recv_multipart()
             if identity not in self._backs:
                 self._connect(identity)
+            pause, self.pause = self.pause, 0.0
+            await asyncio.sleep(pause)
             for message in self.there(_header(frames), frames):
                 await self._backs[identity].send_multipart(message)
 
