@@ -92,7 +92,7 @@ proof: env ## Long proofs, about two hours: soak, kills, fuzzing, a bad wire, wa
 	@DRYSTONE_CRASHES=100 $(BIN)/python -m pytest -q tests/prefill_worker -k 'crash or kill'
 	@DRYSTONE_KILLS=100 $(BIN)/python -m pytest -q tests/transfer/test_proof_kills.py tests/transfer/test_proof_tcp.py
 	@DRYSTONE_CRASHES=20 $(BIN)/python -m pytest -q tests/transfer/test_group_process.py
-	@DRYSTONE_FUZZ_SECONDS=600 $(BIN)/python -m pytest -q tests/transfer/test_fuzz_headers.py
+	@DRYSTONE_FUZZ_SECONDS=600 $(BIN)/python -m pytest -q tests/transfer/test_fuzz_headers.py tests/transfer/test_pair_machine.py
 	@DRYSTONE_CHAOS=2000 $(BIN)/python -m pytest -q -s tests/e2e/test_chaos_served.py
 	@if [ -f '$(QUESTIONS)' ]; then $(BIN)/python -m tests.load.warm_interrupted --questions '$(QUESTIONS)'; \
 		else echo 'proof: warming not interrupted: no $(QUESTIONS); name a file with QUESTIONS=' >&2; fi

@@ -52,14 +52,22 @@ class PairPort:
 
 
 @dataclass(slots=True, eq=False)
+class _Run:
+    """A chunk whose bytes are on their way, and the Pings that came behind its header."""
+
+    chunk: Chunk
+    pings: list[Ping] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
 class _Runs:
-    """One pair's group, and the messages whose turn has not come."""
+    """One pair's group, and the runs that it has not brought yet."""
 
     number: int
     name: str
     group: PairGroup
     port: PairPort
-    waiting: deque[Chunk | Ping] = field(default_factory=deque)
+    waiting: deque[_Run] = field(default_factory=deque)
     used_at: float = field(default_factory=time.monotonic)
 
 
@@ -118,7 +126,7 @@ class Groups:
         if runs.group.receive(chunk.length) != chunk.run:
             self._break(pair, f"out of step at run {chunk.run} of {chunk.length} bytes")
             return False
-        runs.waiting.append(chunk)
+        runs.waiting.append(_Run(chunk))
         return True
 
     def hold(self, pair: bytes, ping: Ping) -> bool:
@@ -126,7 +134,7 @@ class Groups:
         runs = self._runs.get(pair)
         if runs is None or not runs.waiting:
             return False
-        runs.waiting.append(ping)
+        runs.waiting[-1].pings.append(ping)
         return True
 
     def ended(self, pair: bytes, number: int) -> None:
@@ -174,14 +182,12 @@ class Groups:
         return False
 
     def _arrived(self, runs: _Runs) -> None:
-        chunk = runs.waiting.popleft()
-        assert isinstance(chunk, Chunk)  # noqa: S101 - Pings do not stay at the head
+        run = runs.waiting.popleft()
         self.received_runs += 1
         with runs.group.received() as data:
-            runs.port.take(chunk, data)
+            runs.port.take(run.chunk, data)
         runs.group.release()
-        while runs.waiting and isinstance(ping := runs.waiting[0], Ping):
-            runs.waiting.popleft()
+        for ping in run.pings:
             runs.port.pong(ping)
 
     def _break(self, pair: bytes, reason: str) -> None:
@@ -196,8 +202,7 @@ class Groups:
         runs = self._runs.pop(pair)
         self._reactor.forget_file(runs.group.fileno())
         runs.group.kill()
-        for message in runs.waiting:
-            if isinstance(message, Ping):
-                runs.port.pong(message)
-            else:
-                runs.port.lost(message)
+        for run in runs.waiting:
+            runs.port.lost(run.chunk)
+            for ping in run.pings:
+                runs.port.pong(ping)

@@ -316,7 +316,8 @@ class Receiver:
             stale = landing.stale(chunk.reservation, chunk.key)
             if stale is not None:
                 return stale, "no such reservation in this epoch", False
-            refusal = landing.misfit(chunk, None if data is None else len(data))
+            refusal = landing.offer(chunk.birth) if chunk.HasField("birth") else None
+            refusal = refusal or landing.misfit(chunk, None if data is None else len(data))
             if refusal is not None or data is None:
                 return *(refusal or (_R.REFUSAL_REASON_SHAPE, "no data")), False
             planned = landing.plan()[chunk.chunk_index]
@@ -341,7 +342,8 @@ class Receiver:
     def _tell_whole(self) -> None:
         """After the answer has left: the loop, once awake, takes turns with this thread."""
         while self._untold and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._commit, *self._untold.popleft())
+            self._loop.call_soon_threadsafe(self._commit, *self._untold[0])
+            self._untold.popleft()
 
     def _commit(self, fetch: Fetch, size: int) -> None:
         """On the event loop. Whoever waited may have left, and the extent with them."""

@@ -108,13 +108,13 @@ class Outgoing:
             credit: Bytes that may be sent now.
             now: `time.monotonic()`.
         """
-        if not self._offered:
+        chunk = self.chunks[self._to_send[0]] if self._to_send else None
+        checksum = None if chunk is None else self.source.checksum(chunk.index)
+        if not self._offered and (chunk is None or checksum is None or chunk.length > credit):
             self._offered = True
             return TransferHeader(offer=self._offer()), None
-        if not self._to_send:
+        if chunk is None:
             return None
-        chunk = self.chunks[self._to_send[0]]
-        checksum = self.source.checksum(chunk.index)
         if checksum is None:
             if self.source.failure is not None:
                 self.end(SourceLostError(f"the encoding that was being shipped failed: {self.source.failure}"))
@@ -128,6 +128,9 @@ class Outgoing:
         self._out[chunk.index] = (order, now)
         self._sent_bytes += chunk.length
         header = TransferHeader(chunk=self._chunk(chunk, checksum))
+        if not self._offered:
+            self._offered = True
+            header.chunk.birth.CopyFrom(self._birth())
         return header, self.source.data[chunk.offset : chunk.offset + chunk.length]
 
     @property
@@ -205,15 +208,17 @@ class Outgoing:
             self.credit_wait_seconds += now - self._waiting_since
             self._waiting_since = None
 
-    def _offer(self) -> Offer:
-        birth = Birth(
+    def _birth(self) -> Birth:
+        return Birth(
             birth_id=self.source.birth_id,
             tokens=self.source.tokens,
             bytes=self._bytes,
             chunk_count=len(self.chunks),
             checksum_function=CHECKSUM_FUNCTION,
         )
-        return Offer(transfer_id=self.number, reservation=self.reservation, key=self.source.key, birth=birth)
+
+    def _offer(self) -> Offer:
+        return Offer(transfer_id=self.number, reservation=self.reservation, key=self.source.key, birth=self._birth())
 
     def _chunk(self, chunk: ChunkRange, checksum: int) -> Chunk:
         return Chunk(

@@ -21,6 +21,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 
@@ -103,9 +104,7 @@ class PairGroup:
             self._process = _started(staging)
         finally:
             os.close(staging)
-        assert self._process.stdin is not None  # noqa: S101 - asked for
-        assert self._process.stdout is not None  # noqa: S101 - asked for
-        self._to, self._from = self._process.stdin, self._process.stdout
+        self._to, self._from = cast("IO[bytes]", self._process.stdin), cast("IO[bytes]", self._process.stdout)
         for pipe in (self._to, self._from):
             os.set_blocking(pipe.fileno(), False)
         # In the process a limit guards against being orphaned; the times that count are kept here.

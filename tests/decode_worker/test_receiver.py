@@ -20,7 +20,7 @@ from shared.kv.birth import CHECKSUM_FUNCTION, CHUNK_BYTES, chunk_plan, make_bir
 from shared.transfer.envelope import MAX_HEADER_BYTES, seal, unseal
 from tests.support.decode_parts import IDENTITY, assert_all_free_after_eviction
 from tests.support.fake_workers import compatibility
-from tests.support.wire import SENDER, SHAPE, TOKENS, Wire, make_block, wired
+from tests.support.wire import SENDER, SHAPE, TOKENS, Wire, make_block, told, wired
 
 OURS = {"layers": SHAPE.layers, "kv_heads": SHAPE.kv_heads, "head_dim": SHAPE.head_dim}
 
@@ -170,6 +170,7 @@ async def test_a_whole_block_by_hand(wire: Wire, peer: Peer, block: StoredBlock,
     assert await refusal(peer, block, reservation, index=2) == "REPEATED"
     data, message = chunk(block, reservation, index=1)
     assert (await peer.ask(data, chunk=message)).committed.transfer_id == 1
+    await told(wire.receiver)
     assert wire.resident_bytes(block) == bytes(block.data)
     assert (await peer.ask(data, chunk=message)).committed.already
     assert (await peer.ask(offer=offer(block, reservation))).committed.already
@@ -228,6 +229,7 @@ async def test_a_new_birth_starts_again(wire: Wire, peer: Peer, block: StoredBlo
         assert await refusal(peer, reborn, reservation, index=index) == "UNSPECIFIED"
     data, message = chunk(reborn, reservation, index=3)
     assert (await peer.ask(data, chunk=message)).HasField("committed")
+    await told(wire.receiver)
 
 
 async def test_a_late_offer_of_an_earlier_birth_changes_nothing(

@@ -88,18 +88,20 @@ async def test_every_message_twice() -> None:
             await assert_ships(wire, number)
 
 
-async def test_chunks_in_any_order() -> None:
+@pytest.mark.parametrize(("order", "resent"), [((0, 3, 1, 2), 0), ((3, 2, 1, 0), CHUNKS - 1), ((1, 0, 2, 3), 1)])
+async def test_chunks_in_any_order(order: tuple[int, ...], resent: int) -> None:
+    """The first is the offer too: what overtakes it is refused and sent again."""
     async with wired() as wire:
         held: list[Frames] = []
 
-        def reversed_chunks(header: TransferHeader | None, frames: Frames) -> list[Frames]:
-            if header is None or not header.HasField("chunk"):
+        def reordered(header: TransferHeader | None, frames: Frames) -> list[Frames]:
+            if header is None or not header.HasField("chunk") or len(held) == CHUNKS:
                 return [frames]
             held.append(frames)
-            return held[::-1] if len(held) == CHUNKS else []
+            return [held[index] for index in order] if len(held) == CHUNKS else []
 
-        wire.relay.there = reversed_chunks
-        assert await assert_ships(wire) == 0
+        wire.relay.there = reordered
+        assert await assert_ships(wire) == resent
 
 
 async def test_a_chunk_that_never_arrives_whole_is_given_up() -> None:
@@ -121,24 +123,24 @@ async def test_a_chunk_that_never_arrives_whole_is_given_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "resent"),
+    ("kind", "skip", "resent"),
     [
-        ("hello", 0),
-        ("welcome", 0),
-        ("offer", CHUNKS),  # every chunk that follows it is refused
-        ("chunk", 1),
-        ("chunk_result", 0),  # the extent is whole before it is missed
-        ("committed", 1),
-        ("ping", 1),
-        ("pong", 1),
+        ("hello", 0, 0),
+        ("welcome", 0, 0),
+        ("chunk", 0, CHUNKS),  # it is the offer too: every chunk that follows it is refused
+        ("chunk", 1, 1),
+        ("chunk_result", 0, 0),  # the extent is whole before it is missed
+        ("committed", 0, 1),
+        ("ping", 0, 1),
+        ("pong", 0, 1),
     ],
 )
-async def test_a_lost_message_is_noticed_and_sent_again(kind: str, resent: int) -> None:
+async def test_a_lost_message_is_noticed_and_sent_again(kind: str, skip: int, resent: int) -> None:
     async with wired() as wire:
-        wire.relay.there = wire.relay.back = once(lambda _: [], kind=kind, skip=0)
+        wire.relay.there = wire.relay.back = once(lambda _: [], kind=kind, skip=skip)
         if kind in ("ping", "pong"):  # asked only where something else is missing
             lost = wire.relay.there
-            missing = once(lambda _: [], kind="chunk", skip=0)
+            missing = once(lambda _: [], kind="chunk", skip=1)
             wire.relay.there = lambda header, frames: [
                 one for kept in missing(header, frames) for one in lost(header, kept)
             ]
@@ -147,10 +149,10 @@ async def test_a_lost_message_is_noticed_and_sent_again(kind: str, resent: int) 
         assert wire.relay.pairs == 1
 
 
-@pytest.mark.parametrize(("kind", "resent"), [("hello", 0), ("offer", CHUNKS), ("chunk", 1)])
-async def test_a_header_that_cannot_be_read_is_sent_again(kind: str, resent: int) -> None:
+@pytest.mark.parametrize(("kind", "skip", "resent"), [("hello", 0, 0), ("chunk", 0, CHUNKS), ("chunk", 1, 1)])
+async def test_a_header_that_cannot_be_read_is_sent_again(kind: str, skip: int, resent: int) -> None:
     async with wired() as wire:
-        wire.relay.there = once(lambda frames: [[flipped(frames[0], 77), *frames[1:]]], kind=kind, skip=0)
+        wire.relay.there = once(lambda frames: [[flipped(frames[0], 77), *frames[1:]]], kind=kind, skip=skip)
         assert await assert_ships(wire) == resent
         assert wire.receiver.refused["MALFORMED"] == 1
 

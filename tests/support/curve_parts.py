@@ -22,7 +22,7 @@ from shared.transfer.curve import ClientSecurity, ServerSecurity
 from shared.transfer.keys import AllowedKeys, KeyPair, load_key_pair, make_key_file
 from tests.support.decode_parts import make_pool, make_request
 from tests.support.fake_workers import compatibility
-from tests.support.wire import SENDER, SHAPE, TOKENS
+from tests.support.wire import SENDER, SHAPE, TOKENS, told
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ class Ends:
         [fetch] = request.fetches
         try:
             async with asyncio.timeout(8.0):
-                return await self.shipper.ship(block, self.pool.fetches.reservation(fetch), endpoint)
+                shipped = await self.shipper.ship(block, self.pool.fetches.reservation(fetch), endpoint)
+                await told(self.receiver)
+                return shipped
         finally:
             for one in self.pool.leave(request):
                 one.restart()

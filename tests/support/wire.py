@@ -18,6 +18,7 @@ from prefill_worker.tiers.block import StoredBlock
 from prefill_worker.transfer.link import Link
 from prefill_worker.transfer.outgoing import Shipped
 from prefill_worker.transfer.shipper import Shipper
+from prefill_worker.transfer.source import Source
 from shared.internal.v1.common_pb2 import BlockRef, Compatibility, KvEndpoint, Reservation, WorkerIdentity
 from shared.internal.v1.transfer_pb2 import TransferHeader
 from shared.kv.birth import make_birth
@@ -119,6 +120,25 @@ def _header(frames: Frames) -> TransferHeader | None:
         return None
 
 
+async def told(receiver: Receiver) -> None:
+    """Waits until the receiver's loop knows of every commit that was answered."""
+    async with asyncio.timeout(10.0):
+        while receiver._untold:  # noqa: ASYNC110 - the receiving thread tells nobody else
+            await asyncio.sleep(0.001)
+    await asyncio.sleep(0)
+
+
+class PatientShipper(Shipper):
+    """Ends a transfer when the other end's loop knows of it too, so that tests may look at once."""
+
+    receiver: Receiver
+
+    async def ship(self, source: Source, reservation: Reservation, endpoint: KvEndpoint) -> Shipped:
+        shipped = await super().ship(source, reservation, endpoint)
+        await told(self.receiver)
+        return shipped
+
+
 class Wire:
     """A pool with a receiver, a shipper, and the relay between them."""
 
@@ -140,7 +160,8 @@ class Wire:
         self.receiver.listen(listener)
         self.direct = listener.address
         self.relay = Relay(self.direct)
-        self.shipper = Shipper(SENDER, sender_is, SHAPE, timeout, end=end)
+        self.shipper = PatientShipper(SENDER, sender_is, SHAPE, timeout, end=end)
+        self.shipper.receiver = self.receiver
         self.receiver.start()
 
     def _commit(self, fetch: Fetch, size: int) -> None:

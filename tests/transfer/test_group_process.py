@@ -12,9 +12,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -26,12 +28,20 @@ _SECONDS = 30.0
 _RUN = bytes(range(256)) * 4096  # 1 MiB
 
 
+# Several may come at once.
+_unread: WeakKeyDictionary[PairGroup, deque[Event]] = WeakKeyDictionary()
+
+
 def events(group: PairGroup, kind: Kind, seconds: float = _SECONDS) -> Event:
     """The next event, which is to be of this kind or FAILED."""
     deadline = time.monotonic() + seconds
+    _unread.setdefault(group, deque())
     while time.monotonic() < deadline:
-        select.select([group], [], [], 0.05)
-        for event in group.events():
+        if not _unread[group]:
+            select.select([group], [], [], 0.05)
+        _unread[group].extend(group.events())
+        if _unread[group]:
+            event = _unread[group].popleft()
             assert event.kind in (kind, Kind.FAILED), event
             return event
     raise AssertionError(f"no {kind} within {seconds} s")
@@ -64,7 +74,7 @@ def ended(group: PairGroup, seconds: float = _SECONDS) -> str:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         select.select([group], [], [], 0.05)
-        failed = [event for event in group.events() if event.kind is Kind.FAILED]
+        failed = [event for event in [*_unread.pop(group, ()), *group.events()] if event.kind is Kind.FAILED]
         if failed:
             return failed[0].text
         overdue = group.overdue(time.monotonic())

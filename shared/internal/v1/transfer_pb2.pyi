@@ -529,6 +529,7 @@ class Chunk(_message.Message):
     SENT_BYTES_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
+    BIRTH_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     """The transfer."""
     key: _builtins.bytes
@@ -557,6 +558,10 @@ class Chunk(_message.Message):
     def reservation(self) -> _common_pb2.Reservation:
         """Where it goes."""
 
+    @_builtins.property
+    def birth(self) -> Global___Birth:
+        """Set where the chunk is an Offer too: the encoding that begins with it."""
+
     def __init__(
         self,
         *,
@@ -573,10 +578,11 @@ class Chunk(_message.Message):
         sent_bytes: _builtins.int = ...,
         group: _builtins.int = ...,
         run: _builtins.int = ...,
+        birth: Global___Birth | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["reservation", b"reservation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["birth", b"birth", "reservation", b"reservation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["birth_id", b"birth_id", "checksum", b"checksum", "chunk_index", b"chunk_index", "first_layer", b"first_layer", "group", b"group", "key", b"key", "layer_count", b"layer_count", "length", b"length", "offset", b"offset", "reservation", b"reservation", "run", b"run", "sent_bytes", b"sent_bytes", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["birth", b"birth", "birth_id", b"birth_id", "checksum", b"checksum", "chunk_index", b"chunk_index", "first_layer", b"first_layer", "group", b"group", "key", b"key", "layer_count", b"layer_count", "length", b"length", "offset", b"offset", "reservation", b"reservation", "run", b"run", "sent_bytes", b"sent_bytes", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
